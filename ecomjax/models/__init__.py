@@ -1,0 +1,1 @@
+"""Model definitions in flax.linen: pure functions of explicit parameter dicts."""
