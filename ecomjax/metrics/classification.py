@@ -1,0 +1,63 @@
+"""Scores of a closed set of labels, from the counts of the confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from ecomjax.metrics.ratios import f1, ratio
+
+
+def statistics(
+    gold: Sequence[str], predicted: Sequence[str | None], labels: Sequence[str]
+) -> Float[np.ndarray, "n S"]:
+    """One-hot confusion cell of each example.
+
+    Args:
+        gold: the true labels, all of them in `labels`.
+        predicted: the predicted labels; None, or what is not in `labels`, is invalid.
+        labels: the C labels of the task, in the order of the rows and columns.
+
+    Returns:
+        [n, S = C * (C + 1)]: gold label by predicted label, the last column invalid.
+    """
+    if len(gold) != len(predicted):
+        raise ValueError(f"{len(predicted)} predictions for {len(gold)} examples")
+    place = {label: index for index, label in enumerate(labels)}
+    width = len(labels) + 1
+    rows = np.array([place[label] for label in gold], np.int64)
+    columns = np.array([place.get(label, width - 1) for label in predicted], np.int64)
+    cells = np.zeros((len(gold), len(labels) * width))
+    cells[np.arange(len(gold)), rows * width + columns] = 1.0
+    return cells
+
+
+def summarize(totals: Float[np.ndarray, "*r S"], labels: Sequence[str]) -> dict[str, np.ndarray]:
+    """Metrics of summed statistics.
+
+    F1 of a label is 2 tp / (predicted + gold), and 0 where that is 0/0. `macro_f1` is
+    its mean over all labels of the task, also over one that occurs neither in the gold
+    nor in the predicted labels (which counts 0). An invalid output is wrong: it lowers
+    accuracy and the recall of its gold label.
+
+    Args:
+        totals: sums of rows of `statistics`, with any leading axes.
+        labels: the labels given to `statistics`.
+
+    Returns:
+        accuracy, macro_f1, f1/<label> for each label and invalid_rate, each [*r].
+    """
+    confusion = totals.reshape(*totals.shape[:-1], len(labels), len(labels) + 1)
+    gold = confusion.sum(-1)
+    predicted = confusion[..., :-1].sum(-2)
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    scores = f1(hits, predicted, gold)
+    count = gold.sum(-1)
+    return {
+        "accuracy": ratio(hits.sum(-1), count),
+        "macro_f1": np.asarray(scores.mean(-1)),
+        **{f"f1/{label}": scores[..., index] for index, label in enumerate(labels)},
+        "invalid_rate": ratio(confusion[..., -1].sum(-1), count),
+    }

@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ecomjax.metrics import ner
+
+TYPES = ("color", "core_product_type", "UoM")
+TAGS = ("O", *(f"{prefix}-{name}" for name in TYPES for prefix in "BI"))
+
+
+@st.composite
+def corpora(draw):
+    lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=6))
+    tags = [st.lists(st.sampled_from(TAGS), min_size=n, max_size=n) for n in lengths]
+    return [draw(t) for t in tags], [draw(t) for t in tags]
+
+
+def scores(gold, predicted, tuples=None):
+    rows = ner.statistics(gold, predicted, tuples or [p or [] for p in predicted], TYPES)
+    return {k: float(v) for k, v in ner.summarize(rows.sum(0), TYPES).items()}
+
+
+@settings(max_examples=200, deadline=None)
+@given(corpora())
+def test_strict_scores_equal_seqeval(corpus):
+    seqeval = pytest.importorskip("seqeval.metrics")
+    from seqeval.scheme import IOB2, Entities
+
+    gold, predicted = corpus
+    ours = scores(gold, predicted)
+    strict = {"mode": "strict", "scheme": IOB2, "zero_division": 0}
+    for name in ("f1", "precision", "recall"):
+        theirs = getattr(seqeval, f"{name}_score")(gold, predicted, **strict)
+        assert ours[f"entity_{name}"] == pytest.approx(theirs, abs=1e-12)
+    present = Entities(gold, IOB2).unique_tags | Entities(predicted, IOB2).unique_tags
+    if present:
+        each = np.atleast_1d(seqeval.f1_score(gold, predicted, average=None, **strict))
+        ours_each = [ours[f"f1/{name}"] for name in sorted(present)]
+        np.testing.assert_allclose(ours_each, each, atol=1e-12)
+    assert all(ours[f"f1/{name}"] == 0 for name in set(TYPES) - present)
+
+
+@settings(max_examples=200, deadline=None)
+@given(corpora(), st.randoms(use_true_random=False))
+def test_all_o_variant_equals_lenient_seqeval(corpus, random):
+    seqeval = pytest.importorskip("seqeval.metrics")
+    gold, predicted = corpus
+    tuples = [tags + ["B-color"] * random.choice([0, 0, 1]) for tags in predicted]
+    counted = [
+        list(out) if len(out) == len(true) else ["O"] * len(true)
+        for true, out in zip(gold, tuples, strict=True)
+    ]
+    theirs = seqeval.f1_score(gold, counted, zero_division=0)
+    ours = scores(gold, predicted, tuples)["entity_f1_all_o"]
+    assert ours == pytest.approx(theirs, abs=1e-12)
+
+
+def test_invalid_output_counts_as_all_o():
+    gold = [["B-color", "O"], ["B-UoM"]]
+    invalid, outside = scores(gold, [["B-color", "O"], None]), scores(gold, [gold[0], ["O"]])
+    assert invalid.pop("invalid_rate") == 0.5
+    assert outside.pop("invalid_rate") == 0.0
+    assert invalid == outside
+    assert invalid["entity_f1"] == pytest.approx(2 / 3)
+
+
+def test_inside_tag_that_continues_nothing_is_lenient_only():
+    tags = ["I-color", "I-color", "I-UoM"]
+    assert ner.strict_entities(tags) == set()
+    assert ner.lenient_entities(tags) == {("color", 0, 2), ("UoM", 2, 3)}
+
+
+def test_wrong_number_of_tags_is_refused():
+    with pytest.raises(ValueError, match="1 predicted tags for 2 tokens"):
+        scores([["O", "O"]], [["O"]])
