@@ -1,0 +1,19 @@
+"""One LoRA adapter for one task: `--config=configs/finetune.py:queryner[,smoke]`."""
+
+from ml_collections import ConfigDict
+
+from configs import common, models
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    task, smoke = common.parse_task(arg, "configs/finetune.py")
+    config = ConfigDict()
+    config.experiment = "finetune"
+    config.model = models.get("smollm2_135m")
+    config.task = common.task(task)
+    config.data = common.data(smoke)
+    config.adapter = common.adapter()
+    config.optimizer = common.optimizer()
+    config.training = common.training(smoke)
+    config.evaluation = common.evaluation(task, smoke)
+    return config

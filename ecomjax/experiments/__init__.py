@@ -1,0 +1,1 @@
+"""Whole experiments: config in, run folder out."""

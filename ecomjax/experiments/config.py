@@ -1,0 +1,361 @@
+"""The config border: a ConfigDict goes in, frozen dataclasses come out.
+
+Whatever a user can write in a config file or on the command line is checked here, once, and
+told by its full path (`config.optimizer.learning_rate`). Below this border a config is typed,
+complete and immutable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from ml_collections import ConfigDict
+
+from ecomjax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A range of numbers; ends are included unless said to be open."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, x: float) -> bool:
+        above = x > self.low if self.open_low else x >= self.low
+        below = x < self.high if self.open_high else x <= self.high
+        return above and below and math.isfinite(x)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"above {self.low:g}" if self.open_low else f"{self.low:g} or more"
+        left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        return f"in {left}{self.low:g}, {self.high:g}{right}"
+
+
+class Regex:
+    """Marks a string that has to compile as a regular expression."""
+
+
+Count = Annotated[int, Interval(0)]
+Positive = Annotated[int, Interval(1)]
+NonNegative = Annotated[float, Interval(0.0)]
+AboveZero = Annotated[float, Interval(0.0, open_low=True)]
+Rate = Annotated[float, Interval(0.0, 1.0, open_high=True)]
+"""At least 0 and below 1: dropout, warm-up, the betas of Adam."""
+Pattern = Annotated[str, Regex()]
+FloatType = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which pretrained model, and how it computes."""
+
+    name: str = "smollm2_135m"
+    path: str = ""
+    """Folder of the weights; where empty, the model is found by its name."""
+    param_dtype: FloatType = "float32"
+    compute_dtype: FloatType = "float32"
+    scan: bool = True
+    remat: Literal["none", "dots", "full"] = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """Which task, and how its prompts are wrapped."""
+
+    name: str
+    prompt: Literal["chat", "alpaca"] = "chat"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where examples come from, and how many of each split are used (0: all)."""
+
+    source: Literal["synthetic", "local", "hub"] = "synthetic"
+    path: str = ""
+    """Folder of the source `local`."""
+    revision: str = ""
+    """Revision on the Hub; where empty, the one each data set is pinned to."""
+    seed: Count = 0
+    train_size: Count = 0
+    validation_size: Count = 0
+    test_size: Count = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleConfig:
+    """LoRA on every kernel whose whole path matches `pattern`."""
+
+    pattern: Pattern
+    rank: Positive
+    alpha: AboveZero
+    dropout: Rate = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """LoRA: kernels matching one of `targets`; `rules` differ from the rest, the last one wins."""
+
+    rank: Positive = 16
+    alpha: AboveZero = 32.0
+    dropout: Rate = 0.0
+    targets: tuple[Pattern, ...] = (r".*/(q|k|v|o|gate|up|down)/kernel",)
+    rules: tuple[RuleConfig, ...] = ()
+
+    @property
+    def all_rules(self) -> tuple[RuleConfig, ...]:
+        """One rule per target, then `rules`: where several match a kernel, the last wins."""
+        shared = (RuleConfig(t, self.rank, self.alpha, self.dropout) for t in self.targets)
+        return (*shared, *self.rules)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its learning rate over the run, and gradient clipping."""
+
+    learning_rate: AboveZero = 5e-4
+    warmup: Rate = 0.03
+    """Fraction of the steps over which the learning rate rises."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: NonNegative = 0.0
+    clip_norm: AboveZero = 1.0
+    beta1: Rate = 0.9
+    beta2: Rate = 0.999
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Batches, packing, evaluation and checkpoints while training."""
+
+    epochs: Positive = 3
+    batch_size: Positive = 16
+    """Examples of an optimizer step."""
+    row_length: Positive = 512
+    """Slots of a packed row; longer examples fall under `too_long`."""
+    rows: Positive = 1
+    """Rows of a microbatch."""
+    packing: Literal["shared_prefix", "plain", "pad"] = "shared_prefix"
+    too_long: Literal["drop", "raise"] = "drop"
+    seed: Count = 0
+    evaluate_every: Count = 0
+    """Steps between evaluations; 0: once an epoch."""
+    validation_examples: Count = 200
+    """Examples that an evaluation looks at; 0: all of the validation split."""
+    select: Literal["metric", "loss"] = "metric"
+    """What the best checkpoint is best in."""
+    patience: Count = 0
+    """Evaluations without a gain after which training stops; 0: never."""
+    checkpoint_every: Positive = 50
+    keep: Positive = 2
+    """Checkpoints kept beside the best one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Scoring of a split, with the model's answers found by likelihood or by generation."""
+
+    split: Literal["train", "validation", "test"] = "test"
+    method: Literal["auto", "likelihood", "generate"] = "auto"
+    """auto: likelihood where the task has a closed set of labels."""
+    batch_size: Positive = 16
+    max_new_tokens: Positive = 64
+    temperature: NonNegative = 0.0
+    """0: greedy."""
+    top_p: Annotated[float, Interval(0.0, 1.0, open_low=True)] = 1.0
+    resamples: Positive = 2000
+    """Bootstrap resamples of the intervals."""
+    seed: Count = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class FewShotConfig:
+    """Demonstrations in the prompt: the numbers tried, and how one of them is chosen."""
+
+    shots: tuple[Count, ...] = (0, 1, 3, 8)
+    select_examples: Positive = 200
+    """Validation examples by which the number of shots is chosen."""
+    seed: Count = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """One adapter for one task."""
+
+    experiment: Literal["finetune"]
+    model: ModelConfig
+    task: TaskConfig
+    data: DataConfig
+    adapter: AdapterConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class IclConfig:
+    """Few-shot prompting of the untuned model."""
+
+    experiment: Literal["icl"]
+    model: ModelConfig
+    task: TaskConfig
+    data: DataConfig
+    fewshot: FewShotConfig
+    evaluation: EvaluationConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """Few-shot prompting against one adapter per task, on the same model and data."""
+
+    experiment: Literal["study"]
+    model: ModelConfig
+    data: DataConfig
+    tasks: tuple[str, ...]
+    finetune: dict[str, FinetuneConfig]
+    icl: dict[str, IclConfig]
+    smoke: bool = False
+    """A run that shows that everything works, on too little of everything to be a result."""
+
+
+Config = FinetuneConfig | IclConfig | StudyConfig
+EXPERIMENTS: dict[str, type] = {"finetune": FinetuneConfig, "icl": IclConfig, "study": StudyConfig}
+
+
+def from_config(config: Mapping[str, Any] | ConfigDict) -> Config:
+    """The checked and typed form of a config, by its key `experiment`.
+
+    Raises:
+        UserError: an unknown or missing key, a value of another type or out of its range.
+    """
+    plain = _plain(config, "config")
+    kind = plain.get("experiment")
+    if not isinstance(kind, str) or kind not in EXPERIMENTS:
+        what = "missing key" if kind is None else f"unknown experiment {kind!r}"
+        raise UserError(what, "config.experiment", f"choose one of {', '.join(EXPERIMENTS)}")
+    result = _convert(plain, EXPERIMENTS[kind], "config")
+    if isinstance(result, StudyConfig):
+        _check_study(result)
+    if result.data.source == "local" and not result.data.path:
+        raise UserError("empty folder", "config.data.path", "name the folder of the local data")
+    return result
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass in the types of JSON, keys in the order of the fields."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def to_json(config: Any) -> str:
+    """A config dataclass as the text of `config.json`."""
+    return json.dumps(to_dict(config), indent=2, ensure_ascii=False) + "\n"
+
+
+def _plain(value: Any, path: str) -> Mapping[str, Any]:
+    """The mapping itself; a ConfigDict is none, whatever it looks like."""
+    if isinstance(value, ConfigDict):
+        return value.to_dict(preserve_field_references=False)
+    if isinstance(value, Mapping):
+        return value
+    raise UserError(f"a value {value!r}", path, "a section of keys is wanted here")
+
+
+def _convert(value: Any, wanted: Any, path: str) -> Any:
+    """`value` as the annotated type `wanted`, or a UserError that names `path`."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if dataclasses.is_dataclass(wanted):
+        return _convert_section(_plain(value, path), typing.cast(type, wanted), path)
+    if origin is Annotated:
+        return _convert_checked(value, arguments[0], arguments[1], path)
+    if origin is Literal:
+        if value not in arguments:
+            choices = ", ".join(str(a) for a in arguments)
+            raise UserError(f"unknown value {value!r}", path, f"choose one of {choices}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise _wrong_type(value, "tuple", path)
+        return tuple(_convert(v, arguments[0], f"{path}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        plain = _plain(value, path)
+        return {str(k): _convert(v, arguments[1], f"{path}.{k}") for k, v in plain.items()}
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise _wrong_type(value, wanted.__name__, path)
+    return value
+
+
+def _convert_section(section: Mapping[str, Any], wanted: type, path: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(wanted)}
+    for key in section:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)[0]
+            raise UserError(
+                "unknown key",
+                f"{path}.{key}",
+                f"did you mean {path}.{near}? The keys are {', '.join(fields)}",
+            )
+    hints = typing.get_type_hints(wanted, include_extras=True)
+    values = {}
+    for name, field in fields.items():
+        if name in section:
+            values[name] = _convert(section[name], hints[name], f"{path}.{name}")
+        elif field.default is dataclasses.MISSING:
+            raise UserError("missing key", f"{path}.{name}", "give it a value")
+    return wanted(**values)
+
+
+def _convert_checked(value: Any, wanted: type, check: Interval | Regex, path: str) -> Any:
+    value = _convert(value, wanted, path)
+    if isinstance(check, Interval) and value not in check:
+        raise UserError(f"value {value!r}", path, f"it has to be {check}")
+    if isinstance(check, Regex):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise UserError(
+                f"bad regular expression {value!r} ({error})", path, "mend the expression"
+            ) from error
+    return value
+
+
+def _wrong_type(value: Any, wanted: str, path: str) -> UserError:
+    return UserError(
+        f"value {value!r} of type {type(value).__name__}", path, f"it has to be of type {wanted}"
+    )
+
+
+def _check_study(study: StudyConfig) -> None:
+    """Every task has its two experiments, on the model and data of the study."""
+    if not study.tasks or len(set(study.tasks)) < len(study.tasks):
+        raise UserError(f"tasks {list(study.tasks)}", "config.tasks", "name each task once")
+    for name in ("finetune", "icl"):
+        sections = getattr(study, name)
+        if set(sections) != set(study.tasks):
+            raise UserError(
+                f"sections for {sorted(sections)}",
+                f"config.{name}",
+                f"give one to each of config.tasks, that is {sorted(study.tasks)}",
+            )
+        for task, section in sections.items():
+            path = f"config.{name}.{task}"
+            if section.task.name != task:
+                raise UserError(
+                    f"task {section.task.name!r}", f"{path}.task.name", f"it has to be {task!r}"
+                )
+            if section.model != study.model or section.data != study.data:
+                raise UserError(
+                    "another model or other data than the study's",
+                    path,
+                    "set config.model and config.data, which all experiments share",
+                )

@@ -1,0 +1,304 @@
+"""The run folder: where everything of a run stands, who writes to it, and from which config.
+
+    config.json                         the resolved config, written once
+    run.json                            run id, and for every start of the command: time, machine,
+                                        versions, devices, what else the experiment tells
+    checkpoints/                        training state, see `ecomjax.training.checkpoint`
+    adapter/                            the adapter in PEFT layout
+    metrics.jsonl, tensorboard/         see `ecomjax.training.writers`
+    eval/<task>/<split>.metrics.json    scores, and .predictions.jsonl the examples behind them
+    runs/<name>/                        run folders of a study, beside its results.jsonl, report.md
+
+Files appear whole or not at all: `write_text` and `write_json` write to a temporary name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ecomjax import __version__
+from ecomjax.errors import UserError
+from ecomjax.experiments.config import to_dict, to_json
+
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "transformers",
+    "tokenizers",
+)
+"""Packages whose versions are written to run.json."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file by `text`; whoever reads it meets the old or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a file by the indented JSON of `value`, see `jsonable`."""
+    text = json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def write_jsonl(path: Path, values: Sequence[Any]) -> None:
+    """Replaces a file by one line of JSON for each value, see `jsonable`."""
+    lines = (json.dumps(jsonable(v), ensure_ascii=False, allow_nan=False) for v in values)
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def jsonable(value: Any) -> Any:
+    """`value` in the types of JSON: dataclasses, numpy and paths resolved, NaN and inf as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if hasattr(value, "tolist"):
+        return jsonable(value.tolist())
+    if isinstance(value, list | tuple):
+        return [jsonable(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+class Workdir:
+    """A run folder; only `writing` creates or locks anything."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser().absolute()
+        self.config = self.path / "config.json"
+        self.run = self.path / "run.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.results = self.path / "results.jsonl"
+        self.report = self.path / "report.md"
+        self.lock = self.path / ".lock"
+
+    def scores(self, task: str, split: str) -> Path:
+        return self.path / "eval" / task / f"{split}.metrics.json"
+
+    def predictions(self, task: str, split: str) -> Path:
+        return self.path / "eval" / task / f"{split}.predictions.jsonl"
+
+    def subrun(self, name: str) -> Workdir:
+        """The folder of one run of a study."""
+        return Workdir(self.path / "runs" / name)
+
+    @contextlib.contextmanager
+    def writing(self, config: Any, ignore: Sequence[str] = ()) -> Iterator[Workdir]:
+        """Holds the folder as its only writer, made new or made by the same config.
+
+        Args:
+            config: the config dataclass of this run.
+            ignore: keys such as "evaluation" (with all below them) that may differ from the
+                config that made the folder.
+
+        Raises:
+            UserError: the folder cannot be written, holds another config, or has a writer.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            held = _acquire(self.lock)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        try:
+            self._match_config(config, ignore)
+            yield self
+        finally:
+            os.truncate(held, 0)
+
+    def record_start(self, **facts: Any) -> str:
+        """Writes to run.json that the command has started now; returns the id of the run.
+
+        Args:
+            **facts: what else describes the run: seed, model identity, data fingerprints, ...
+        """
+        run = read_json(self.run) if self.run.exists() else {}
+        now = time.time()
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
+        run.setdefault("run_id", f"{stamp}-{uuid.uuid4().hex[:12]}")
+        start = {"time": stamp, "command": sys.argv} | machine() | jsonable(facts)
+        write_json(self.run, run | {"starts": [*run.get("starts", []), start]})
+        return run["run_id"]
+
+    def _match_config(self, config: Any, ignore: Sequence[str]) -> None:
+        if not self.config.exists():
+            write_text(self.config, to_json(config))
+            return
+        old, new = _flatten(read_json(self.config)), _flatten(to_dict(config))
+        absent = "(absent)"
+        changes = [
+            f"config.{key} {_show(old.get(key, absent))} -> {_show(new.get(key, absent))}"
+            for key in (old | new)
+            if old.get(key, absent) != new.get(key, absent)
+            and not any(key == i or key.startswith(f"{i}.") for i in ignore)
+        ]
+        if changes:
+            raise UserError(
+                "the folder holds a run of another config",
+                f"{self.path}: {', '.join(changes)}",
+                "use the old values, or another --workdir",
+            )
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"unreadable file ({error})", str(path), "restore it or use another --workdir"
+        ) from error
+
+
+def machine() -> dict[str, Any]:
+    """Versions, devices and code revision that this process runs with."""
+    import jax
+
+    versions = {"ecomjax": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    devices = jax.devices()
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "devices": {"kind": devices[0].device_kind, "count": len(devices)},
+        "processes": jax.process_count(),
+        "versions": versions,
+        "git_revision": git_revision(),
+    }
+
+
+def git_revision() -> str | None:
+    """Commit of the code, "+changes" added where files differ from it; None without git."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        # An installed copy may lie inside a repository that is not its own.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _acquire(path: Path) -> Path:
+    """Writes this process into the lock file, unless a living one stands there.
+
+    The owner's start time stands beside its pid, since pids are used again. The file is emptied
+    rather than deleted on release: whoever has it open then still holds the same file.
+    """
+    with open(path, "a+", encoding="utf-8") as file, _one_at_a_time(file):
+        file.seek(0)
+        try:
+            owner = json.loads(file.read() or "null")
+        except ValueError:
+            owner = None
+        here = socket.gethostname()
+        if isinstance(owner, dict) and (owner["host"] != here or _lives(owner)):
+            raise UserError(
+                f"process {owner['pid']} on {owner['host']} is writing to this folder",
+                str(path.parent),
+                f"wait for it or stop it (if there is no such process, delete {path})",
+            )
+        file.truncate(0)
+        me = {"host": here, "pid": os.getpid(), "born": _birth(os.getpid())}
+        file.write(json.dumps(me))
+    return path
+
+
+@contextlib.contextmanager
+def _one_at_a_time(file: Any) -> Iterator[None]:
+    """Keeps two processes from finding the same stale lock at once, where the system can."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        pass
+    yield
+
+
+def _lives(owner: Mapping[str, Any]) -> bool:
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return _birth(owner["pid"]) == owner["born"]
+
+
+def _birth(pid: int) -> str:
+    """When a process started, in the system's ticks; empty where that cannot be known."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return stat.rpartition(")")[2].split()[19]
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write ({error.strerror or error})",
+        str(path),
+        "give a --workdir on a disk with room where you may write",
+    )
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _show(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
