@@ -1,24 +1,20 @@
 """The run folder: where everything of a run stands, who writes to it, and from which config.
 
-    config.json                         the resolved config, written once
-    run.json                            run id, and for every start of the command: time, machine,
-                                        versions, devices, what else the experiment tells
-    checkpoints/                        training state, see `ecomjax.training.checkpoint`
-    adapter/                            the adapter in PEFT layout
-    metrics.jsonl, tensorboard/         see `ecomjax.training.writers`
-    eval/<task>/<split>.metrics.json    scores, and .predictions.jsonl the examples behind them
-    runs/<name>/                        run folders of a study, beside its results.jsonl, report.md
-
-Files appear whole or not at all: `write_text` and `write_json` write to a temporary name.
+config.json                         the resolved config, written once
+run.json                            run id, and for every start of the command: time, machine,
+                                    versions, devices, what else the experiment tells
+checkpoints/                        training state, see `ecomjax.training.checkpoint`
+adapter/                            the adapter in PEFT layout
+metrics.jsonl, tensorboard/         see `ecomjax.training.writers`
+eval/<task>/<split>.metrics.json    scores, and .predictions.jsonl the examples behind them
+runs/<name>/                        run folders of a study, beside its results.jsonl, report.md
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import socket
@@ -33,6 +29,7 @@ from typing import Any
 from ecomjax import __version__
 from ecomjax.errors import UserError
 from ecomjax.experiments.config import to_dict, to_json
+from ecomjax.experiments.files import cannot_write, jsonable, read_json, write_json, write_text
 
 PACKAGES = (
     "jax",
@@ -46,49 +43,6 @@ PACKAGES = (
     "tokenizers",
 )
 """Packages whose versions are written to run.json."""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file by `text`; whoever reads it meets the old or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a file by the indented JSON of `value`, see `jsonable`."""
-    text = json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
-
-
-def write_jsonl(path: Path, values: Sequence[Any]) -> None:
-    """Replaces a file by one line of JSON for each value, see `jsonable`."""
-    lines = (json.dumps(jsonable(v), ensure_ascii=False, allow_nan=False) for v in values)
-    write_text(path, "".join(line + "\n" for line in lines))
-
-
-def jsonable(value: Any) -> Any:
-    """`value` in the types of JSON: dataclasses, numpy and paths resolved, NaN and inf as null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): jsonable(v) for k, v in value.items()}
-    if hasattr(value, "tolist"):
-        return jsonable(value.tolist())
-    if isinstance(value, list | tuple):
-        return [jsonable(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
 
 
 class Workdir:
@@ -132,12 +86,13 @@ class Workdir:
             self.path.mkdir(parents=True, exist_ok=True)
             held = _acquire(self.lock)
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         try:
             self._match_config(config, ignore)
             yield self
         finally:
-            os.truncate(held, 0)
+            with contextlib.suppress(OSError):
+                os.truncate(held, 0)
 
     def record_start(self, **facts: Any) -> str:
         """Writes to run.json that the command has started now; returns the id of the run.
@@ -171,20 +126,6 @@ class Workdir:
                 f"{self.path}: {', '.join(changes)}",
                 "use the old values, or another --workdir",
             )
-
-
-def read_json(path: Path) -> Any:
-    """The value of a JSON file.
-
-    Raises:
-        UserError: it cannot be read, or is no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"unreadable file ({error})", str(path), "restore it or use another --workdir"
-        ) from error
 
 
 def machine() -> dict[str, Any]:
@@ -281,14 +222,6 @@ def _birth(pid: int) -> str:
     except OSError:
         return ""
     return stat.rpartition(")")[2].split()[19]
-
-
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write ({error.strerror or error})",
-        str(path),
-        "give a --workdir on a disk with room where you may write",
-    )
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

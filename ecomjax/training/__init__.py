@@ -1,0 +1,1 @@
+"""Training: losses, optimizer, step, loop, checkpoints and logs; knows no tasks."""
