@@ -25,7 +25,7 @@ def statistics(
     """
     if len(gold) != len(predicted):
         raise ValueError(f"{len(predicted)} predictions for {len(gold)} examples")
-    place = {label: index for index, label in enumerate(labels)}
+    place: dict[str | None, int] = {label: index for index, label in enumerate(labels)}
     width = len(labels) + 1
     rows = np.array([place[label] for label in gold], np.int64)
     columns = np.array([place.get(label, width - 1) for label in predicted], np.int64)

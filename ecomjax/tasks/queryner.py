@@ -1,0 +1,118 @@
+"""QueryNER: a tag for every token of a search query (arXiv 2405.09507)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from ecomjax.data.sources import Row
+from ecomjax.metrics import ner
+from ecomjax.tasks import prompts
+from ecomjax.tasks.base import Example, Invalid, Task, bad_value, column, identity
+
+TYPES = (
+    "UoM",
+    "color",
+    "condition",
+    "content",
+    "core_product_type",
+    "creator",
+    "department",
+    "material",
+    "modifier",
+    "occasion",
+    "origin",
+    "price",
+    "product_name",
+    "product_number",
+    "quantity",
+    "shape",
+    "time",
+)
+
+TAGS = ("O", *(f"{prefix}-{name}" for name in TYPES for prefix in "BI"))
+
+_TAG = r"(O|[BI]-[^\s,()'\"]+)"
+_TUPLE_END = re.compile(rf",\s*['\"]?{_TAG}['\"]?\s*\)")
+"""A tuple in an output is known by its end: comma, tag (quoted or not), parenthesis."""
+
+
+def write_tuples(tokens: Iterable[str], tags: Iterable[str]) -> str:
+    """The text of an answer: `(white, B-color), (duvet, B-core_product_type)`."""
+    return ", ".join(f"({token}, {tag})" for token, tag in zip(tokens, tags, strict=True))
+
+
+def read_tuples(text: str, tokens: Sequence[str]) -> tuple[str, ...]:
+    """The tags of the tuples in an output, in their order and however many.
+
+    A text in exactly the form of `write_tuples` is read along the tokens of the query, so
+    that commas, quotes and parentheses in them (even whole tuples) do no harm. Any other
+    text is searched for the ends of tuples: spaces, line breaks, brackets, quotes and
+    words around them do not matter, nor what they call their token.
+    """
+    pattern = ", ".join(rf"\({re.escape(token)}, {_TAG}\)" for token in tokens)
+    exact = re.fullmatch(pattern, text.strip())
+    return exact.groups() if exact else tuple(_TUPLE_END.findall(text))
+
+
+class QueryNer(Task):
+    """Tokens of a query to BIO tags of 17 types."""
+
+    name = "queryner"
+    headline = "entity_f1"
+    system = (
+        f"{prompts.PERSONA} Tag every token of the search query: B-TYPE begins an entity, "
+        f"I-TYPE continues it, O is outside. The types are {', '.join(TYPES)}. Answer with one "
+        "(token, TAG) tuple for each token. For example, white duvet cover gives "
+        + write_tuples(
+            ("white", "duvet", "cover"),
+            ("B-color", "B-core_product_type", "I-core_product_type"),
+        )
+    )
+
+    def example(self, row: Row) -> Example:
+        tokens, tags = (tuple(column(row, name, list)) for name in ("tokens", "ner_tags"))
+        if not tokens or not all(isinstance(token, str) and token.strip() for token in tokens):
+            raise bad_value(row, "tokens", "must be a list of texts that are not blank")
+        unknown = [tag for tag in tags if tag not in TAGS]
+        if unknown:
+            raise bad_value(row, "ner_tags", f"holds {unknown[0]!r}, none of {', '.join(TAGS)}")
+        if len(tokens) != len(tags):
+            raise bad_value(row, "ner_tags", f"holds {len(tags)} tags for {len(tokens)} tokens")
+        for before, tag in zip(("O", *tags), tags, strict=False):
+            if tag.startswith("I-") and before[2:] != tag[2:]:
+                raise bad_value(row, "ner_tags", f"holds {tag!r} that continues no entity")
+        return Example(identity(row), {"tokens": tokens}, tags)
+
+    def user(self, example: Example) -> str:
+        return " ".join(example.inputs["tokens"])
+
+    def answer(self, example: Example) -> str:
+        return write_tuples(example.inputs["tokens"], example.target)
+
+    def parse(self, text: str, example: Example) -> tuple[str, ...] | Invalid:
+        """The tags of `read_tuples`, if they are as many as the tokens and all known.
+
+        Tuples are taken by position: one that spells its token otherwise still tags it.
+        """
+        tokens = example.inputs["tokens"]
+        tags = read_tuples(text, tokens)
+        if len(tags) != len(tokens):
+            return Invalid(text, f"{len(tags)} tuples for {len(tokens)} tokens")
+        unknown = [tag for tag in tags if tag not in TAGS]
+        return Invalid(text, f"unknown tag {unknown[0][:40]}") if unknown else tags
+
+    def statistics(
+        self, predictions: Sequence[tuple[str, ...] | Invalid], examples: Sequence[Example]
+    ) -> np.ndarray:
+        tags, tuples = [], []
+        for guess, example in zip(predictions, examples, strict=True):
+            invalid = isinstance(guess, Invalid)
+            tags.append(None if invalid else guess)
+            tuples.append(read_tuples(guess.text, example.inputs["tokens"]) if invalid else guess)
+        return ner.statistics([e.target for e in examples], tags, tuples, TYPES)
+
+    def summarize(self, totals: np.ndarray) -> dict[str, np.ndarray]:
+        return ner.summarize(totals, TYPES)
