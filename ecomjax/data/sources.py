@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ecomjax.data import store
 from ecomjax.errors import UserError
@@ -39,6 +39,7 @@ class Row:
     where: str
 
 
+@runtime_checkable
 class Source(Protocol):
     """A place that holds the rows of tasks.
 

@@ -1,0 +1,71 @@
+import pytest
+
+from ecomjax.data.sources import Row
+from ecomjax.errors import UserError
+from ecomjax.tasks.base import column, identity, overlap
+from ecomjax.tasks.esci import Esci
+from ecomjax.tasks.queryner import QueryNer
+
+
+def query(text, place=1, example_id=None):
+    tokens = text.split()
+    values = {"example_id": example_id, "tokens": tokens, "ner_tags": ["O"] * len(tokens)}
+    return Row(values, f"data/queryner/train.jsonl:{place}")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"text": "a"}, "missing column 'query': f.jsonl:3; columns present: text"),
+        ({"query": None}, "bad value null in column 'query': f.jsonl:3; it must be of type str"),
+        ({"query": 5}, "bad value 5 in column 'query': f.jsonl:3; it must be of type str"),
+        ({"query": True}, "bad value true in column 'query'"),
+    ],
+)
+def test_bad_column_names_row_column_and_value(values, message):
+    with pytest.raises(UserError, match=message):
+        column(Row(values, "f.jsonl:3"), "query", str)
+
+
+def test_long_values_are_cut_in_messages():
+    with pytest.raises(UserError) as error:
+        column(Row({"query": ["x"] * 10**5}, "f:1"), "query", str)
+    assert len(str(error.value)) < 200
+
+
+def test_ids_are_given_or_digests_of_the_content():
+    assert identity(query("a", example_id=7)) == "7"
+    assert identity(query("a", 1)) == identity(query("a", 2)) != identity(query("b"))
+
+
+def test_equal_rows_without_id_are_told_apart():
+    examples = QueryNer().examples([query("a", 1), query("a", 2), query("a", 3)])
+    assert len({example.id for example in examples}) == 3
+
+
+def test_id_given_twice_is_an_error():
+    with pytest.raises(UserError, match=r"'7' comes twice: data/queryner/train.jsonl:2"):
+        QueryNer().examples([query("a", 1, 7), query("b", 2, 7)])
+
+
+def test_demonstrations_come_before_the_input_in_order():
+    task = QueryNer()
+    first, second, asked = task.examples([query("a"), query("b c"), query("d")])
+    prompt = task.prompt(asked, [first, second])
+    assert prompt.turns == (("a", "(a, O)"), ("b c", "(b, O), (c, O)"))
+    assert prompt.user == "d"
+    assert prompt.system == task.prompt(asked).system
+
+
+def test_overlap_counts_examples_of_the_first_set():
+    task = QueryNer()
+    ours = task.examples([query("a", 1), query("a", 2), query("b", 3)])
+    assert overlap(task, ours, task.examples([query("a"), query("c")])) == 2
+
+
+def test_headlines_are_metrics():
+    row = {"example_id": 1, "query": "q", "esci_label": "E", "product_title": "t"}
+    esci_row = Row(row | {"product_brand": None, "product_color": None}, "f:1")
+    for task, example in ((Esci(), esci_row), (QueryNer(), query("a"))):
+        examples = task.examples([example])
+        assert task.headline in task.metrics([examples[0].target], examples)

@@ -1,0 +1,129 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ecomjax.data.sources import SPLITS, LocalSource, Row
+from ecomjax.errors import UserError
+from ecomjax.tasks.base import Example, Invalid
+from ecomjax.tasks.queryner import TAGS, QueryNer
+
+WORDS = st.one_of(
+    st.text(min_size=1, max_size=8).filter(str.strip),
+    st.sampled_from(["(", ")", ",", "'", '"', "(a, O)", ", O)", "(a, B-color),", "[x]", "3\"x5'"]),
+)
+
+
+@st.composite
+def examples(draw):
+    pairs = draw(st.lists(st.tuples(WORDS, st.sampled_from(TAGS)), min_size=1, max_size=6))
+    tokens, tags = zip(*pairs, strict=True)
+    return Example("1", {"tokens": tokens}, tags)
+
+
+def example(tokens, tags):
+    return QueryNer().example(
+        Row({"example_id": 1, "tokens": tokens, "ner_tags": tags}, "queryner/train.jsonl:4")
+    )
+
+
+DUVET = example(["white", "duvet"], ["B-color", "B-core_product_type"])
+
+
+def test_answer_is_tuples_of_every_token():
+    assert QueryNer().answer(DUVET) == "(white, B-color), (duvet, B-core_product_type)"
+    assert QueryNer().user(DUVET) == "white duvet"
+
+
+@given(examples())
+def test_answer_is_read_back_whatever_the_tokens_hold(example):
+    assert QueryNer().parse(QueryNer().answer(example), example) == example.target
+
+
+@given(st.text(), examples())
+def test_parse_never_raises(text, example):
+    parsed = QueryNer().parse(text, example)
+    assert isinstance(parsed, Invalid) or len(parsed) == len(example.target)
+
+
+@given(examples(), st.data())
+def test_damaged_answers_never_raise(example, data):
+    answer = QueryNer().answer(example)
+    cut = data.draw(st.integers(0, len(answer)))
+    text = answer[:cut] + data.draw(st.text(max_size=3)) + answer[cut + 1 :]
+    parsed = QueryNer().parse(text, example)
+    assert isinstance(parsed, Invalid) or set(parsed) <= set(TAGS)
+    QueryNer().metrics([parsed], [example])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[('white', 'B-color'), ('duvet', 'B-core_product_type')]",
+        '("white","B-color")\n("duvet","B-core_product_type")\n',
+        "Here it is:\n(white, B-color)(duvet , B-core_product_type ).",
+        "(White, B-color), (duvets, B-core_product_type)",
+    ],
+)
+def test_other_ways_to_write_tuples_are_read(text):
+    assert QueryNer().parse(text, DUVET) == DUVET.target
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "0 tuples for 2 tokens"),
+        ("white duvet", "0 tuples for 2 tokens"),
+        ("(white, color), (duvet, product)", "0 tuples for 2 tokens"),
+        ("(white, B-color), (duv", "1 tuples for 2 tokens"),
+        ("(white, B-color), (duvet, O), (cover, O)", "3 tuples for 2 tokens"),
+        ("(white, B-colour), (duvet, O)", "unknown tag B-colour"),
+    ],
+)
+def test_anything_else_is_invalid(text, reason):
+    assert QueryNer().parse(text, DUVET) == Invalid(text, reason)
+
+
+def test_long_hostile_texts_are_read_in_linear_time():
+    for text in ("(" * 10**5, ", " * 10**5, "," + " " * 10**5, "(white, B-" + "x" * 10**5):
+        assert isinstance(QueryNer().parse(text, DUVET), Invalid)
+
+
+def test_scores_of_invalid_outputs():
+    task, rows = QueryNer(), [DUVET, DUVET]
+    unknown = task.parse("(white, B-color), (duvet, B-thing)", DUVET)
+    metrics = task.metrics([DUVET.target, unknown], rows)
+    assert metrics["invalid_rate"] == 0.5
+    assert metrics["entity_f1"] == pytest.approx(2 * 2 / (2 + 4))
+    # The study's scorer counts the tuples alone, so that the known tag still scores.
+    assert metrics["entity_f1_all_o"] == pytest.approx(2 * 3 / (4 + 4))
+    short = task.parse("(white, B-color)", DUVET)
+    assert task.metrics([short], [DUVET])["entity_f1_all_o"] == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tags", "message"),
+    [
+        (["a", "b"], ["O"], "column 'ner_tags': queryner/train.jsonl:4; it holds 1 tags for 2"),
+        (["a"], ["B-brand"], "holds 'B-brand', none of O, B-UoM"),
+        (["a"], [3], "holds 3, none of"),
+        (["a", "b"], ["B-color", "I-shape"], "holds 'I-shape' that continues no entity"),
+        (["a"], ["I-color"], "holds 'I-color' that continues no entity"),
+        ([], [], "column 'tokens': .* must be a list of texts"),
+        (["a", " "], ["O", "O"], "column 'tokens'"),
+        (["a", None], ["O", "O"], "column 'tokens'"),
+        ("a", ["O"], "column 'tokens': .* must be of type list"),
+        (["a"], None, "bad value null in column 'ner_tags'"),
+    ],
+)
+def test_bad_rows(tokens, tags, message):
+    with pytest.raises(UserError, match=message):
+        example(tokens, tags)
+
+
+def test_real_rows_round_trip(shared_data):
+    task = QueryNer()
+    for split in SPLITS:
+        rows = task.load(LocalSource(shared_data), split)
+        assert all(task.parse(task.answer(row), row) == row.target for row in rows)
+        metrics = task.metrics([row.target for row in rows], rows)
+        assert metrics["entity_f1"] == metrics["entity_f1_all_o"] == 1.0
