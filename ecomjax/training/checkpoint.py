@@ -166,7 +166,7 @@ def _write(folder: Path, step: int, state: Any, data: Mapping[str, Any]) -> None
         for leftover in folder.glob(f"{TEMPORARY}*"):
             shutil.rmtree(leftover)
         temporary.mkdir()
-        ocp.save(temporary / "state", trees.unflatten(arrays))
+        ocp.save(str(temporary / "state"), trees.unflatten(arrays))
         (temporary / "data.json").write_text(text, encoding="utf-8")
         manifest = json.dumps(_digests(temporary), indent=2)
         (temporary / "manifest.json").write_text(manifest, encoding="utf-8")
@@ -174,9 +174,14 @@ def _write(folder: Path, step: int, state: Any, data: Mapping[str, Any]) -> None
         _remove(place)
         os.replace(temporary, place)
         _sync_folder(folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        # Orbax's storage layer tells a full disk as a ValueError.
+        told = re.search(r"os_error_code='(\d+)'", str(error))
+        code = int(told[1]) if told else getattr(error, "errno", None)
+        if code is None:
+            raise
         raise UserError(
-            f"cannot write a checkpoint ({error.strerror or error})",
+            f"cannot write a checkpoint ({os.strerror(code)})",
             str(place),
             "make room or mend the rights; the steps before are intact and training resumes there",
         ) from error
@@ -194,29 +199,24 @@ def _read(folder: Path, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
     wanted, _ = _disassemble(abstract)
     found = {
         path: (tuple(leaf.shape), str(np.dtype(leaf.dtype)))
-        for path, leaf in trees.flatten(ocp.metadata(place / "state").metadata).items()
+        for path, leaf in trees.flatten(ocp.metadata(str(place / "state")).metadata).items()
     }
-    differing = [
-        f"{path} {found.get(path, 'absent')} -> {_form(wanted.get(path))}"
-        for path in sorted(found.keys() | wanted.keys())
-        if found.get(path) != _form(wanted.get(path))
-    ]
+    forms = {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in wanted.items()}
+    differing = sorted(p for p in found.keys() | forms if found.get(p) != forms.get(p))
     if differing:
+        first = differing[0]
         raise UserError(
-            f"checkpoint of another state: {len(differing)} arrays differ, {differing[0]}",
+            f"checkpoint of another state: {len(differing)} arrays differ, first {first}: "
+            f"{found.get(first, 'absent')} is stored, {forms.get(first, 'absent')} is wanted",
             str(place),
             "resume with the config that made it",
         )
-    arrays = trees.flatten(ocp.load(place / "state", trees.unflatten(wanted)))
+    arrays = trees.flatten(ocp.load(str(place / "state"), trees.unflatten(wanted)))
     return _assemble(abstract, arrays, stored["keys"]), stored["data"]
 
 
-def _form(leaf: Any) -> Any:
-    return "absent" if leaf is None else (tuple(leaf.shape), str(np.dtype(leaf.dtype)))
-
-
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _paths(tree: Any) -> list[tuple[str, Any]]:
@@ -256,17 +256,14 @@ def _assemble(abstract: Any, arrays: Mapping[str, Any], keys: Mapping[str, str])
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if not p.is_dir() and p.name != "manifest.json")
-
-
 def _digests(folder: Path) -> dict[str, str]:
     """sha256 of every file below a folder, the manifest itself aside."""
     digests = {}
-    for path in _files(folder):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        digests[path.relative_to(folder).as_posix()] = digest
+    for path in sorted(folder.rglob("*")):
+        if not path.is_dir() and path != folder / "manifest.json":
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[path.relative_to(folder).as_posix()] = digest
     return digests
 
 

@@ -1,0 +1,165 @@
+"""What a run tells while it trains: metrics.jsonl, TensorBoard, and a line on the terminal."""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsWriter:
+    """Appends a line of JSON for each step told, and the same numbers to TensorBoard."""
+
+    def __init__(self, file: str | Path, tensorboard: str | Path | None = None):
+        """Opens the file behind what it already holds.
+
+        Args:
+            file: metrics.jsonl.
+            tensorboard: folder of event files; None: none are written.
+        """
+        self.file = Path(file)
+        self.tensorboard = tensorboard
+        self._events: Any = None
+        self._purge_step: int | None = None
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self._keep_lines(lambda record: True)
+        self._lines = open(self.file, "a", encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds the numbers of a step, which are on disk afterwards; NaN and inf become null."""
+        numbers = {name: float(value) for name, value in values.items()}
+        told = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        self._lines.write(json.dumps({"step": step} | told) + "\n")
+        self._lines.flush()
+        if self.tensorboard is not None:
+            events = self._open_events(self.tensorboard)
+            for name, number in numbers.items():
+                events.add_scalar(name, number, step)
+
+    def cut_back(self, step: int) -> None:
+        """Drops what was told beyond the step that training resumes from."""
+        self._lines.close()
+        self._keep_lines(lambda record: record["step"] <= step)
+        self._lines = open(self.file, "a", encoding="utf-8")
+        self._purge_step = step + 1
+
+    def close(self) -> None:
+        self._lines.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _keep_lines(self, condition: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Rewrites the file, where lines fail the condition or are torn by a kill."""
+        if not self.file.exists():
+            return
+        old = self.file.read_bytes()
+        kept = b"".join(
+            line for line in old.splitlines(keepends=True) if self._holds(line, condition)
+        )
+        if kept != old:
+            temporary = self.file.with_name(f".{self.file.name}.tmp")
+            with open(temporary, "wb") as file:
+                file.write(kept)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.file)
+
+    def _holds(self, line: bytes, condition: Callable[[Mapping[str, Any]], bool]) -> bool:
+        try:
+            return line.endswith(b"\n") and condition(json.loads(line))
+        except (ValueError, KeyError, TypeError):
+            logger.warning("dropped a line of %s that is no record of a step", self.file)
+            return False
+
+    def _open_events(self, folder: str | Path) -> Any:
+        if self._events is None:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(folder), purge_step=self._purge_step)
+        return self._events
+
+
+class Progress:
+    """Loss, useful tokens a second and time left: a bar on a terminal, else a line at times."""
+
+    def __init__(
+        self,
+        steps: int,
+        start: int = 0,
+        what: str = "training",
+        every: float = 30.0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Starts counting.
+
+        Args:
+            steps: number of the last step.
+            start: steps done before, by the run that is resumed.
+            what: first word of every line.
+            every: seconds between lines where the stream is no terminal.
+            stream: stderr unless given.
+            clock: seconds from anywhere.
+        """
+        self.steps, self.what, self.every, self.clock = steps, what, every, clock
+        self.stream = stream or sys.stderr
+        # (time, step, tokens so far) of the last updates: what speed is measured over.
+        self._window = collections.deque([(clock(), start, 0)], maxlen=50)
+        self._told = clock()
+        self._bar: Any = None
+        if self.stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=start, desc=what, file=self.stream, unit="step")
+
+    def update(self, step: int, loss: float, tokens: int) -> None:
+        """Tells that `step` steps are done, the last of them over `tokens` useful tokens."""
+        now = self.clock()
+        self._window.append((now, step, self._window[-1][2] + tokens))
+        then, first_step, first_tokens = self._window[0]
+        seconds = max(now - then, 1e-9)
+        speed = (self._window[-1][2] - first_tokens) / seconds
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif now - self._told >= self.every or step >= self.steps:
+            self._told = now
+            left = (self.steps - step) * seconds / max(step - first_step, 1)
+            print(
+                f"{self.what}: step {step}/{self.steps}, loss {loss:.4f}, "
+                f"{speed:,.0f} tokens/s, {_duration(left)} left",
+                file=self.stream,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _duration(seconds: float) -> str:
+    """3725 -> "1:02:05"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

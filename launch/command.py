@@ -1,0 +1,99 @@
+"""The command line that all mains share: flags in, one clear line out where they are wrong.
+
+Exit status 0: done; 2: a mistake of the user, told in one line; 130: interrupted.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from ecomjax.errors import UserError
+from ecomjax.experiments.config import from_config
+
+# Overrides of unknown keys pass here, so that `from_config` tells them like all other mistakes.
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    help_string="Config file and its argument, such as configs/finetune.py:queryner; "
+    "--config.a.b=c overrides a key.",
+    lock_config=False,
+    accept_new_attributes=True,
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same command resumes there.")
+
+
+def main(run: Callable[[Any, str], Any], experiments: Sequence[str]) -> None:
+    """Runs `run(config, workdir)` on the flags; `experiments` are those it can do."""
+
+    def checked(_: Sequence[str]) -> None:
+        with errors_in_one_line():
+            config = from_config(CONFIG.value)
+            if config.experiment not in experiments:
+                known = " or ".join(experiments)
+                raise UserError(
+                    f"experiment {config.experiment}",
+                    "config.experiment",
+                    f"this command wants a config of {known}, such as configs/{experiments[0]}.py",
+                )
+            run(config, str(WORKDIR.value))
+
+    app.run(checked, flags_parser=parse)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """The flags set from `argv`, or one line on what is wrong with it."""
+    if {"--help", "-help", "-h"} & set(argv):
+        print(f"{sys.modules['__main__'].__doc__}\nflags:\n{_help()}")
+        sys.exit(0)
+    with errors_in_one_line():
+        try:
+            rest = flags.FLAGS(argv)[1:]
+            # A config file that could not be read raises when it is first looked into.
+            getattr(CONFIG.value, "keys", None)
+        except (flags.Error, OSError, KeyError, ValueError) as error:
+            raise _explain(error, argv) from error
+        for name in ("config", "workdir"):
+            if not flags.FLAGS[name].value:
+                raise UserError("missing flag", f"--{name}", "see --help")
+        if rest:
+            raise UserError("not a flag", rest[0], "see --help")
+    return argv[:1]
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Tells what a user can mend in one line on stderr; defects keep their traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        sys.exit(130)
+
+
+def _help() -> str:
+    return "\n".join(
+        f"  --{f.name}: {f.help}" for f in (flags.FLAGS["config"], flags.FLAGS["workdir"])
+    )
+
+
+def _explain(error: Exception, argv: Sequence[str]) -> UserError:
+    """What to tell of an error that the parsing of flags ended in."""
+    if isinstance(error, OSError):
+        file = next((a for a in argv if a.startswith("--config=")), "--config")
+        return UserError("no such config file", file, "choose one of configs/")
+    if isinstance(error, KeyError):
+        return UserError("unknown key", f"{error.args[0]}", "see the keys in the config file")
+    text = str(error)
+    if "Traceback" in text:
+        # The parser of config files wraps what get_config says in a traceback.
+        first: BaseException = error
+        while first.__context__ is not None:
+            first = first.__context__
+        text = str(first)
+    return UserError("bad flags", text, "see --help")
