@@ -1,0 +1,1 @@
+"""Turning models into text and label scores."""

@@ -1,0 +1,68 @@
+"""Tokens that all prompts open with are computed once and their keys and values reused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ecomjax.typing import PADDING_SEGMENT, SHARED_SEGMENT, KVCache
+
+BUCKET = 32
+"""Lengths are rounded up to a multiple of this, so that few shapes are compiled."""
+
+
+def bucketed(length: int) -> int:
+    """The smallest multiple of BUCKET that holds `length` slots."""
+    return -(-length // BUCKET) * BUCKET
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Length of the longest prefix of all prompts that leaves each at least one token."""
+    shortest = min(len(p) for p in prompts)
+    common = 0
+    while common < shortest - 1 and all(p[common] == prompts[0][common] for p in prompts):
+        common += 1
+    return common
+
+
+@partial(jax.jit, static_argnums=0)
+def _fill(model: nn.Module, variables: Any, tokens, positions, segments) -> KVCache:
+    cache = model.new_cache(1, tokens.shape[1])  # pyright: ignore[reportAttributeAccessIssue]
+    _, cache = model.apply(variables, tokens, positions, segments, cache)  # pyright: ignore[reportGeneralTypeIssues]
+    return cache
+
+
+def fill_prefix(model: nn.Module, variables: Any, prefix: Sequence[int]) -> KVCache:
+    """A cache of one row that holds the prefix as the shared segment, in bucketed slots."""
+    slots = bucketed(len(prefix))
+    tokens, segments = np.zeros((1, slots), np.int32), np.zeros((1, slots), np.int32)
+    tokens[0, : len(prefix)] = prefix
+    segments[0] = PADDING_SEGMENT
+    segments[0, : len(prefix)] = SHARED_SEGMENT
+    positions = np.arange(slots, dtype=np.int32)[None]
+    return _fill(model, variables, tokens, positions, segments)
+
+
+def extend(prefix: KVCache, rows: int, slots: int) -> KVCache:
+    """The prefix at the head of `rows` rows, with `slots` more slots to fill behind it."""
+
+    def tile(x, batch_axis):
+        shape = list(x.shape)
+        shape[batch_axis] = rows
+        room = [(0, 0)] * x.ndim
+        room[batch_axis + 1] = (0, slots)
+        return jnp.pad(jnp.broadcast_to(x, shape), room)
+
+    return KVCache(
+        keys=tile(prefix.keys, 1),
+        values=tile(prefix.values, 1),
+        positions=tile(prefix.positions, 0),
+        segment_ids=tile(prefix.segment_ids, 0),
+        length=prefix.length,
+    )

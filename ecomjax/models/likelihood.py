@@ -1,0 +1,69 @@
+"""Log-likelihood of given next tokens, the head applied only where there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ecomjax.typing import Batch, KVCache
+
+HEAD_CHUNK = 128
+"""Slots the LM head is applied to at once; bounds the logits held to [B, 128, V]."""
+
+
+def token_log_likelihood(
+    model: nn.Module,
+    variables: dict[str, Any],
+    batch: Batch,
+    cache: KVCache | None = None,
+    rngs: dict[str, jax.Array] | None = None,
+) -> Float[Array, "B T"]:
+    """log p(target) at every slot of weight > 0, and 0 elsewhere, in float32.
+
+    The head runs only where there is a target: slots with one are gathered to the front
+    of each row, and chunks that hold none are skipped.
+
+    Args:
+        model: maps tokens, positions, segment ids and cache to (hidden [B, T, D], cache),
+            and hidden states to logits through its method `logits`.
+        variables: {"params": ..., "lora": ...}.
+        batch: leaves [B, T].
+        cache: keys and values of slots that precede the batch.
+        rngs: {"dropout": key} while training.
+    """
+    hidden, _ = model.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        variables, batch.tokens, batch.positions, batch.segment_ids, cache, rngs=rngs
+    )
+    rows, slots = batch.tokens.shape
+    chunk = min(HEAD_CHUNK, slots)
+    padding = -slots % chunk
+    targeted = jnp.pad(batch.weights > 0, ((0, 0), (0, padding)))
+    order = jnp.argsort(~targeted, axis=1, stable=True)
+
+    def gather(x):
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        index = order.reshape(order.shape + (1,) * (x.ndim - 2))
+        x = jnp.take_along_axis(x, index, axis=1)
+        return x.reshape(rows, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def of_chunk(_, chunked):
+        states, targets, wanted = chunked
+
+        def compute():
+            logits = model.apply(variables, states, method="logits")
+            picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+            return jnp.where(wanted, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
+
+        nothing = jnp.zeros(targets.shape, jnp.float32)
+        return None, jax.lax.cond(wanted.any(), compute, lambda: nothing)
+
+    chunks = (gather(hidden), gather(batch.targets), gather(batch.weights) > 0)
+    _, values = jax.lax.scan(of_chunk, None, chunks)
+    values = values.swapaxes(0, 1).reshape(rows, -1)
+    back = jnp.argsort(order, axis=1, stable=True)
+    return jnp.take_along_axis(values, back, axis=1)[:, :slots]

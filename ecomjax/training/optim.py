@@ -1,0 +1,40 @@
+"""The optimizer chain: clip by global norm, then AdamW under a warmed-up schedule."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import optax
+
+
+def schedule(
+    kind: Literal["cosine", "linear", "constant"], peak: float, warmup: float, steps: int
+) -> optax.Schedule:
+    """Learning rate by step: linear from 0 over `warmup` * steps, then the named decay to 0."""
+    rising = max(1, round(warmup * steps)) if warmup > 0 else 0
+    falling = max(1, steps - rising)
+    decay = {
+        "cosine": optax.cosine_decay_schedule(peak, falling),
+        "linear": optax.linear_schedule(peak, 0.0, falling),
+        "constant": optax.constant_schedule(peak),
+    }[kind]
+    if not rising:
+        return decay
+    # The first step trains too: it starts at peak / (rising + 1), not at 0.
+    rise = optax.linear_schedule(peak / (rising + 1), peak, rising)
+    return optax.join_schedules([rise, decay], [rising])
+
+
+def adamw(
+    learning_rate: optax.Schedule,
+    *,
+    weight_decay: float,
+    clip_norm: float,
+    beta1: float,
+    beta2: float,
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) on gradients clipped to a global norm."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(learning_rate, b1=beta1, b2=beta2, weight_decay=weight_decay),
+    )

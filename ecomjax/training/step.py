@@ -1,0 +1,80 @@
+"""One optimizer step and one evaluation pass, as jitted pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ecomjax.training.state import TrainState
+from ecomjax.typing import PADDING_SEGMENT, Batch
+
+Loss = Callable[..., tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+"""loss(trained, frozen, batch, key) -> (sum, weight, aux)."""
+
+
+def make_train_step(
+    loss: Loss, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted step over microbatches [M, B, T], accumulated by a scan.
+
+    Sums and weights are accumulated and divided once, so the result does not depend on how
+    rows are cut into microbatches. Microbatches without a target are skipped.
+    """
+
+    def step(state: TrainState, frozen: Any, batch: Batch):
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
+
+        def of_microbatch(carry, indexed):
+            number, micro = indexed
+
+            def compute(trained):
+                total, weight, _ = loss(trained, frozen, micro, jax.random.fold_in(key, number))
+                return total, weight
+
+            def add():
+                (total, weight), grads = jax.value_and_grad(compute, has_aux=True)(state.trained)
+                return jax.tree.map(jnp.add, carry, (total, weight, grads))
+
+            return jax.lax.cond((micro.weights > 0).any(), add, lambda: carry), None
+
+        zeros = jax.tree.map(jnp.zeros_like, state.trained)
+        start = (jnp.zeros(()), jnp.zeros(()), zeros)
+        numbers = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)
+        (total, weight, grads), _ = jax.lax.scan(of_microbatch, start, (numbers, batch))
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
+        metrics = {
+            "loss": total / weight,
+            "gradient_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "target_tokens": weight,
+            "tokens": (batch.segment_ids != PADDING_SEGMENT).sum(),
+        }
+        state = state.replace(
+            step=state.step + 1,
+            trained=optax.apply_updates(state.trained, updates),
+            optimizer=optimizer_state,
+        )
+        return state, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_loss_pass(loss: Loss) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
+    """The jitted (sum, weight) of the loss over microbatches [M, B, T], without dropout."""
+
+    def of_batch(trained: Any, frozen: Any, batch: Batch):
+        def of_microbatch(carry, micro):
+            def add():
+                total, weight, _ = loss(trained, frozen, micro, None)
+                return carry[0] + total, carry[1] + weight
+
+            return jax.lax.cond((micro.weights > 0).any(), add, lambda: carry), None
+
+        return jax.lax.scan(of_microbatch, (jnp.zeros(()), jnp.zeros(())), batch)[0]
+
+    return jax.jit(of_batch)
