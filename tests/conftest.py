@@ -29,10 +29,10 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Compiled programs are kept between runs, one folder a worker: their writes are not atomic.
-cache = ROOT / ".pytest_cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "main")
-jax.config.update("jax_compilation_cache_dir", str(cache))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+# Compiled programs are kept for other tests and runs; the bound brings a lock between processes.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
+jax.config.update("jax_compilation_cache_max_size", 2**30)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 # jax rebuilds structs around specs, shardings and None, so their fields are not checked.
 flax.struct.PyTreeNode.__no_type_check__ = True

@@ -10,7 +10,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 MAY_IMPORT = {
     "errors": set(),
-    "files": {"errors"},
     "typing": {"errors"},
     "trees": {"errors", "typing"},
     "sharding": {"errors", "typing", "trees"},
@@ -21,8 +20,8 @@ MAY_IMPORT = {
     "metrics": {"errors"},
     "tasks": {"errors", "typing", "data", "metrics"},
     "decoding": {"errors", "typing", "trees", "sharding", "models", "adapters", "data"},
-    "training": {"errors", "files", "typing", "trees", "sharding", "models", "adapters", "data"},
-    "evaluation": {"errors", "files", "typing", "data", "models", "decoding", "tasks", "metrics"},
+    "training": {"errors", "typing", "trees", "sharding", "models", "adapters", "data"},
+    "evaluation": {"errors", "typing", "data", "models", "decoding", "tasks", "metrics"},
     "launch": {"errors", "experiments"},
     "configs": set(),
 }
