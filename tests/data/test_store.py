@@ -99,6 +99,18 @@ def test_seeds_and_splits_differ(task):
     assert len({*texts, json.dumps(store.rows(task, "train", 1, 50))}) == 4
 
 
+def run(program: str) -> str:
+    """What a fresh process prints, without the checks of annotations that tests run under."""
+    program = f"import hashlib, json, time; from ecomjax.data import store; {program}"
+    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
+    command = [sys.executable, "-c", program]
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
 def test_other_processes_make_the_same_rows():
     """The digests are recorded: a change of the shop's rows must be meant, and said."""
     recorded = {
@@ -106,21 +118,17 @@ def test_other_processes_make_the_same_rows():
         "queryner": "f4f7cc80ce77c75139c51fb35354426461edb436dfd8613e19d7e2e7f7301b01",
     }
     assert {task: digest(task, "test") for task in store.TASKS} == recorded, "rows have changed"
-    program = (
-        "import hashlib, json; from ecomjax.data import store;"
-        "print(hashlib.sha256(json.dumps(store.rows('esci', 'test', 0, 200)).encode()).hexdigest())"
-    )
-    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
-    command = [sys.executable, "-c", program]
-    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert printed.stdout.strip() == recorded["esci"]
+    rows = "json.dumps(store.rows('esci', 'test', 0, 200))"
+    assert run(f"print(hashlib.sha256({rows}.encode()).hexdigest())") == recorded["esci"]
 
 
 @pytest.mark.parametrize("task", store.TASKS)
 def test_speed(task):
-    start = time.process_time()
-    store.rows(task, "train", 11, 5000)
-    assert time.process_time() - start < 2.0
+    """5,000 rows in well under 2 seconds; measured: 0.2."""
+    rows = f"store.rows('{task}', 'train', 0, 5000)"
+    assert (
+        float(run(f"start = time.process_time(); {rows}; print(time.process_time() - start)")) < 2
+    )
 
 
 def test_no_query_repeats():
@@ -222,8 +230,7 @@ def test_no_query_of_test_is_in_train():
         assert not train & test
 
 
-@pytest.mark.parametrize("size", [1500, 5000])
-@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize(("size", "balanced"), [(1500, False), (1500, True), (5000, True)])
 def test_bag_of_words_learns_little_about_relations(size, balanced):
     """Measured: 0.22 to 0.31; always Exact gives 0.16. The bound that counts is 0.70."""
     import scipy.sparse
@@ -245,12 +252,12 @@ def test_bag_of_words_learns_little_about_relations(size, balanced):
             )
         fit, held = (scipy.sparse.hstack(parts).tocsr() for parts in zip(*features, strict=True))
         weight = "balanced" if balanced else None
-        model = LogisticRegression(C=10.0, max_iter=2000, class_weight=weight).fit(fit, gold[0])
+        model = LogisticRegression(C=10.0, max_iter=1000, class_weight=weight).fit(fit, gold[0])
         return f1_score(gold[1], model.predict(held), average="macro")
 
     pooled = score(lambda row: f"{row['query']} {product_text(row)}")
     separate = score(lambda row: row["query"], product_text)
-    majority = f1_score(gold[1], ["Exact"] * 1000, average="macro", zero_division=0.0)
+    majority = f1_score(gold[1], ["Exact"] * 1000, average="macro")
     assert max(pooled, separate) <= 0.70
     assert max(pooled, separate) > majority + 0.05
     rules = f1_score(gold[1], [store.gold_relation(row) for row in test], average="macro")
@@ -258,7 +265,7 @@ def test_bag_of_words_learns_little_about_relations(size, balanced):
 
 
 def test_most_frequent_tag_learns_a_part_of_the_spans():
-    """Strict entity F1 of the most frequent tag of each word, O if unseen; measured: 0.58."""
+    """Strict entity F1 of the most frequent tag of each word, O if unseen; measured: 0.59."""
     from seqeval.metrics import f1_score
     from seqeval.scheme import IOB2
 
@@ -270,7 +277,8 @@ def test_most_frequent_tag_learns_a_part_of_the_spans():
     test = most("queryner", "test")
     predicted = [[best.get(token, "O") for token in row["tokens"]] for row in test]
     gold = [row["ner_tags"] for row in test]
-    assert 0.3 < f1_score(gold, predicted, mode="strict", scheme=IOB2) <= 0.75
+    score = np.asarray(f1_score(gold, predicted, mode="strict", scheme=IOB2)).item()
+    assert 0.3 < score <= 0.75
 
 
 def test_words_change_their_meaning_with_the_type():
