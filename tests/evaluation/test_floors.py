@@ -26,7 +26,7 @@ def test_word_tags_ignore_position_and_case():
     train = [
         query("red shoe", "B-color B-core_product_type"),
         query("Red red Hat", "B-color B-creator B-modifier"),
-        query("shoe", "B-core_product_type"),
+        query("shoe boot", "B-core_product_type B-core_product_type"),
     ]
     tags = word_tags(QueryNer(), train, [query("shoe RED hat unseen", "O O O O")])
     assert tags == [("B-core_product_type", "B-color", "B-modifier", "B-core_product_type")]
