@@ -28,7 +28,7 @@ fi
 for lock in "$@"; do
   file=launch/locks/$lock.txt stamp=.venv/$lock.installed
   if cmp -s "$file" "$stamp"; then continue; fi
-  echo "setup: installing $file into .venv ($(grep -c '==' "$file") packages) ..."
+  echo "setup: installing $file into .venv ..."
   # The locks are complete, so nothing is resolved; modules are compiled when first imported.
   .venv/bin/python -m pip install -qq --disable-pip-version-check --no-input \
     --require-hashes --no-deps --no-compile -r "$file"
