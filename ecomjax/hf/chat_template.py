@@ -20,6 +20,16 @@ MAX_CHARACTERS = 2_000_000
 MAX_SECONDS = 5.0
 """Longest time a template may take for one conversation."""
 
+_FAULTS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a template can raise while it runs."""
+
 
 class ChatTemplate:
     """A compiled template; `render` turns messages into the text of a conversation."""
@@ -52,7 +62,7 @@ class ChatTemplate:
                 length += len(piece)
                 self._environment.check(length)
                 pieces.append(piece)
-        except (jinja2.TemplateError, TypeError, ValueError, RecursionError) as error:
+        except _FAULTS as error:
             raise self._failed(error) from None
         return "".join(pieces)
 

@@ -156,7 +156,7 @@ def _load(
     if files == [path]:
         weights = GGUFFile(path)
         fields, where = weights.config, path
-        tokenizer = Tokenizer.from_gguf(weights.tokenizer_metadata, path)
+        tokenizer = Tokenizer.from_gguf(weights.metadata, path)
     else:
         weights = SafetensorsFolder(path)
         where = os.path.join(path, "config.json")

@@ -59,6 +59,12 @@ class Rule:
             for side in self.layout.split("->")
         ]
 
+    @property
+    def linear(self) -> bool:
+        """Whether theirs is a matrix [out, in] of which ours is the transpose, axes split."""
+        theirs, ours = self._sides()
+        return len(theirs) == 2 and [*itertools.chain(*ours)] == theirs[1] + theirs[0]
+
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Shape of each of their tensors."""
         return _joined(self._sides()[0], sizes)

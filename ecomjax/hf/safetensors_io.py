@@ -239,6 +239,6 @@ def write_file(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) 
 
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     save_file(contiguous, temporary, metadata={"format": "pt"})
     os.replace(temporary, path)

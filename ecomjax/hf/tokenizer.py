@@ -96,11 +96,16 @@ class Tokenizer:
                 where,
                 "use a file with a byte-level BPE tokenizer ('gpt2')",
             )
-        tokens = metadata["tokenizer.ggml.tokens"]
-        backend = _byte_level_bpe(
-            tokens, metadata["tokenizer.ggml.merges"], metadata.get("tokenizer.ggml.pre"), where
-        )
+        tokens = metadata.get("tokenizer.ggml.tokens", [])
+        merges = metadata.get("tokenizer.ggml.merges", [])
+        backend = _byte_level_bpe(tokens, merges, metadata.get("tokenizer.ggml.pre"), where)
         kinds = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+        if len(kinds) != len(tokens):
+            raise UserError(
+                f"GGUF tokenizer has {len(tokens)} tokens and {len(kinds)} token types",
+                where,
+                "fetch the file again",
+            )
         for token, kind in zip(tokens, kinds, strict=True):
             if kind in (_CONTROL, _USER_DEFINED):
                 special = kind == _CONTROL
