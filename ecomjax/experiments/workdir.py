@@ -113,11 +113,10 @@ class Workdir:
             write_text(self.config, to_json(config))
             return
         old, new = _flatten(read_json(self.config)), _flatten(to_dict(config))
-        absent = "(absent)"
         changes = [
-            f"config.{key} {_show(old.get(key, absent))} -> {_show(new.get(key, absent))}"
+            f"config.{key} {_show(old, key)} -> {_show(new, key)}"
             for key in (old | new)
-            if old.get(key, absent) != new.get(key, absent)
+            if _show(old, key) != _show(new, key)
             and not any(key == i or key.startswith(f"{i}.") for i in ignore)
         ]
         if changes:
@@ -233,5 +232,5 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _show(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _show(flat: Mapping[str, Any], key: str) -> str:
+    return json.dumps(flat[key], ensure_ascii=False) if key in flat else "(absent)"

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class MetricsWriter:
         self._events: Any = None
         self._purge_step: int | None = None
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self._keep_lines(lambda record: True)
+        self._keep_lines(lambda _: True)
         self._lines = open(self.file, "a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -48,7 +48,7 @@ class MetricsWriter:
     def cut_back(self, step: int) -> None:
         """Drops what was told beyond the step that training resumes from."""
         self._lines.close()
-        self._keep_lines(lambda record: record["step"] <= step)
+        self._keep_lines(lambda told: told <= step)
         self._lines = open(self.file, "a", encoding="utf-8")
         self._purge_step = step + 1
 
@@ -63,28 +63,26 @@ class MetricsWriter:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _keep_lines(self, condition: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Rewrites the file, where lines fail the condition or are torn by a kill."""
+    def _keep_lines(self, condition: Callable[[int], bool]) -> None:
+        """Rewrites the file if steps fail the condition, or if a kill has torn a line."""
         if not self.file.exists():
             return
         old = self.file.read_bytes()
-        kept = b"".join(
-            line for line in old.splitlines(keepends=True) if self._holds(line, condition)
-        )
-        if kept != old:
+        kept, torn = [], 0
+        for line in old.splitlines(keepends=True):
+            step = _step_of(line)
+            torn += step is None
+            if step is not None and condition(step):
+                kept.append(line)
+        if torn:
+            logger.warning("dropped %d lines of %s that are no records", torn, self.file)
+        if b"".join(kept) != old:
             temporary = self.file.with_name(f".{self.file.name}.tmp")
             with open(temporary, "wb") as file:
-                file.write(kept)
+                file.writelines(kept)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.file)
-
-    def _holds(self, line: bytes, condition: Callable[[Mapping[str, Any]], bool]) -> bool:
-        try:
-            return line.endswith(b"\n") and condition(json.loads(line))
-        except (ValueError, KeyError, TypeError):
-            logger.warning("dropped a line of %s that is no record of a step", self.file)
-            return False
 
     def _open_events(self, folder: str | Path) -> Any:
         if self._events is None:
@@ -103,7 +101,7 @@ class Progress:
         start: int = 0,
         what: str = "training",
         every: float = 30.0,
-        stream: TextIO | None = None,
+        stream: Any = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         """Starts counting.
@@ -113,7 +111,7 @@ class Progress:
             start: steps done before, by the run that is resumed.
             what: first word of every line.
             every: seconds between lines where the stream is no terminal.
-            stream: stderr unless given.
+            stream: text file; stderr unless given.
             clock: seconds from anywhere.
         """
         self.steps, self.what, self.every, self.clock = steps, what, every, clock
@@ -156,6 +154,14 @@ class Progress:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step a line tells of; None where it is no whole record."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _duration(seconds: float) -> str:

@@ -1,0 +1,90 @@
+import dataclasses
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common, finetune, icl, models, study
+from ecomjax.experiments.config import from_config, to_dict
+
+ALL = [
+    *(
+        (module, f"{task}{option}")
+        for module in (finetune, icl)
+        for task in common.TASKS
+        for option in ("", ",smoke")
+    ),
+    (study, "quickstart"),
+    (study, "smoke"),
+]
+
+
+def keys(values, prefix=""):
+    """All dotted keys of nested dicts."""
+    found = set()
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        found |= keys(value, f"{path}.") if isinstance(value, dict) else {path}
+    return found
+
+
+@pytest.mark.parametrize(("module", "arg"), ALL)
+def test_every_config_is_valid_and_spells_out_every_key(module, arg):
+    config = module.get_config(arg)
+    assert keys(config.to_dict()) == keys(to_dict(from_config(config)))
+
+
+@pytest.mark.parametrize(("module", "arg"), ALL)
+def test_every_override_keeps_its_type(module, arg):
+    """A key written as 1 where 1.0 is meant would refuse 0.5 on the command line."""
+    spelled = keys_and_types(module.get_config(arg).to_dict())
+    assert spelled == keys_and_types(dataclasses.asdict(from_config(module.get_config(arg))))
+
+
+def keys_and_types(values):
+    return {
+        key: keys_and_types(value) if isinstance(value, dict) else type(value)
+        for key, value in values.items()
+    }
+
+
+def test_configs_are_fresh_at_every_call():
+    first = finetune.get_config("esci")
+    first.adapter.rank = 1
+    assert finetune.get_config("esci").adapter.rank == 16
+
+
+def test_an_override_of_a_study_reaches_all_its_experiments():
+    config = study.get_config("quickstart")
+    config.data.source, config.data.path, config.model.scan = "local", "some/folder", False
+    result = from_config(config)
+    for section in (*result.finetune.values(), *result.icl.values()):
+        assert section.data.path == "some/folder"
+        assert not section.model.scan
+
+
+def test_smoke_is_smaller():
+    full, smoke = (from_config(study.get_config(arg)) for arg in ("quickstart", "smoke"))
+    assert smoke.smoke and not full.smoke
+    assert 0 < smoke.data.train_size < 100
+    assert smoke.finetune["esci"].training.epochs < full.finetune["esci"].training.epochs
+
+
+@pytest.mark.parametrize(
+    ("module", "arg", "told"),
+    [
+        (finetune, "", "configs/finetune.py:queryner"),
+        (finetune, "quieryner", "configs/finetune.py:queryner"),
+        (icl, "esci,fast", "configs/icl.py:esci,smoke"),
+        (study, "queryner", "configs/study.py:quickstart"),
+    ],
+)
+def test_an_unknown_argument_lists_the_known_ones(module, arg, told):
+    with pytest.raises(ValueError, match="unknown") as caught:
+        module.get_config(arg)
+    assert told in str(caught.value)
+
+
+def test_presets_fill_the_section_of_the_model():
+    for name in models.PRESETS:
+        assert isinstance(models.get(name), ConfigDict)
+        assert models.get(name).name == name
