@@ -5,8 +5,12 @@ start; the strict settings hold in the test process alone. Functions of ecomjax 
 against their annotations, shapes included, at each call.
 """
 
+import dataclasses
+import functools
 import os
+import zlib
 from pathlib import Path
+from typing import Any
 
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
@@ -20,6 +24,7 @@ import flax.linen
 import flax.struct
 import hypothesis
 import jax
+import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
@@ -61,3 +66,72 @@ def loose_promotion():
     """Promotion as in production, for code that steps optax, which mixes dtypes and ranks."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyLlama:
+    """A Llama small enough to hold every law against; its weights are numpy arrays."""
+
+    config: Any
+    model: Any
+    params: dict[str, Any]
+    axes: dict[str, Any]
+
+    def logits(self, tokens, positions=None, segments=None, params=None, lora=None, index=None):
+        """Logits [B, T, V] of a full forward; by default every row is one sequence."""
+        if positions is None:
+            positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+        if segments is None:
+            segments = np.ones(tokens.shape, np.int32)
+        variables = {"params": self.params if params is None else params}
+        variables |= {} if lora is None else {"lora": lora}
+        return np.asarray(_logits(self.model, variables, tokens, positions, segments, index))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model, variables, tokens, positions, segments, index):
+    hidden, _ = model.apply(variables, tokens, positions, segments, None, index)
+    return model.apply(variables, hidden, method="logits")
+
+
+@pytest.fixture(scope="session")
+def make_llama():
+    """Function (changes of the config) -> TinyLlama, every number off its default.
+
+    Its head is free, its scale vectors are not one, its heads are not as wide as the model.
+    """
+    from ecomjax import trees
+    from ecomjax.models import registry
+    from ecomjax.models.llama import LlamaConfig
+
+    base = LlamaConfig(
+        vocab_size=61,
+        width=24,
+        layers=3,
+        heads=6,
+        kv_heads=2,
+        head_dim=8,
+        ffn=40,
+        rope_theta=500.0,
+        norm_eps=1e-3,
+        max_positions=77,
+    )
+
+    def draw(path, shape):
+        rng = np.random.default_rng(zlib.crc32(path.encode()))
+        values = 0.2 * rng.standard_normal(shape.shape, np.float32)
+        return values + np.float32(path.endswith("norm/scale"))
+
+    @functools.cache
+    def make(**changes) -> TinyLlama:
+        config = dataclasses.replace(base, **changes)
+        stacked = registry.build(dataclasses.replace(config, scan=True))
+        shapes, axes = registry.describe(stacked)
+        flat = trees.flatten(shapes)
+        params = trees.unflatten({path: draw(path, flat[path]) for path in flat})
+        if not config.scan:
+            params = trees.unstack_layers(params)
+        params = jax.tree.map(lambda x: x.astype(config.param_dtype), params)
+        return TinyLlama(config, registry.build(config), params, axes)
+
+    return make

@@ -52,7 +52,7 @@ def attend(
     q = q.reshape(batch, t, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, kv_heads, group * t, width) * jnp.asarray(width**-0.5, q.dtype)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("BKTH,BKSH->BKTS", q, k).astype(jnp.float32)
+    scores = jnp.einsum("BKTH,BKSH->BKTS", q, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, kv_heads, group, t, s)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
