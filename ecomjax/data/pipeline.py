@@ -20,9 +20,9 @@ class StepSource:
     def __len__(self) -> int:
         return len(self._plan.steps)
 
-    def __getitem__(self, step: Any) -> Batch:
-        """The batch of a step, its rows cut into microbatches of `rows`."""
-        batch = assemble(self._plan.steps[int(step)], self._sequences, self._plan)
+    def __getitem__(self, index: Any) -> Batch:
+        """The batch of step `index`, its rows cut into microbatches of `rows`."""
+        batch = assemble(self._plan.steps[int(index)], self._sequences, self._plan)
         return batch.replace(
             **{
                 name: np.reshape(getattr(batch, name), (-1, self._rows, self._plan.row_length))
@@ -35,5 +35,5 @@ def iterate(plan: Plan, sequences: Sequence[Encoded], rows: int) -> Any:
     """A checkpointable iterator (`get_state`, `set_state`) over the steps of a plan."""
     import grain
 
-    source = StepSource(plan, sequences, rows)
+    source: Any = StepSource(plan, sequences, rows)
     return iter(grain.MapDataset.source(source).to_iter_dataset())

@@ -33,8 +33,10 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 @partial(jax.jit, static_argnums=0)
 def _fill(model: nn.Module, variables: Any, tokens, positions, segments) -> KVCache:
-    cache = model.new_cache(1, tokens.shape[1])  # pyright: ignore[reportAttributeAccessIssue]
-    _, cache = model.apply(variables, tokens, positions, segments, cache)  # pyright: ignore[reportGeneralTypeIssues]
+    bound: Any = model
+    _, cache = bound.apply(
+        variables, tokens, positions, segments, bound.new_cache(1, tokens.shape[1])
+    )
     return cache
 
 

@@ -80,3 +80,19 @@ def cannot_write(path: Path, error: OSError) -> UserError:
         str(path),
         "give a --workdir on a disk with room where you may write",
     )
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """The values of the lines of a file that `write_jsonl` wrote.
+
+    Raises:
+        UserError: it cannot be read, or a line is no JSON.
+    """
+    try:
+        # Not splitlines: JSON texts may hold line separators other than \n.
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"unreadable file ({error})", str(path), "restore it, or write to another folder"
+        ) from error

@@ -86,7 +86,7 @@ class Embed(nn.Module):
 
     def setup(self):
         init = declare(nn.initializers.normal(0.02), ("vocab", "embed"))
-        self.embedding = self.param(
+        self.embedding: Any = self.param(
             "embedding", init, (self.vocab_size, self.width), self.param_dtype
         )
 
@@ -106,7 +106,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        scale = self.param(
+        scale: Any = self.param(
             "scale", declare(nn.initializers.ones, ("embed",)), (x.shape[-1],), self.param_dtype
         )
         x = x.astype(jnp.float32)

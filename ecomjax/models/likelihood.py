@@ -35,9 +35,8 @@ def token_log_likelihood(
         cache: keys and values of slots that precede the batch.
         rngs: {"dropout": key} while training.
     """
-    hidden, _ = model.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        variables, batch.tokens, batch.positions, batch.segment_ids, cache, rngs=rngs
-    )
+    apply: Any = model.apply
+    hidden, _ = apply(variables, batch.tokens, batch.positions, batch.segment_ids, cache, rngs=rngs)
     rows, slots = batch.tokens.shape
     chunk = min(HEAD_CHUNK, slots)
     padding = -slots % chunk
@@ -55,7 +54,7 @@ def token_log_likelihood(
         states, targets, wanted = chunked
 
         def compute():
-            logits = model.apply(variables, states, method="logits")
+            logits = apply(variables, states, method="logits")
             picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
             return jnp.where(wanted, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
 

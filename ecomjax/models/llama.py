@@ -121,7 +121,8 @@ class Llama(nn.Module):
         if c.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan)
         if c.scan:
-            self.layers = nn.scan(
+            scan: Any = nn.scan  # its annotation of in_axes leaves out tuples
+            self.layers = scan(
                 block,
                 variable_axes={"params": 0, "lora": 0},
                 split_rngs={"params": True, "dropout": True},
@@ -146,7 +147,8 @@ class Llama(nn.Module):
         collection holds several.
         """
         first_slot = jnp.zeros((), jnp.int32)
-        key_segments, layer_caches = segment_ids, None
+        key_segments = segment_ids
+        layer_caches: Any = None
         if cache is not None:
             first_slot = cache.length
             start = (jnp.zeros((), jnp.int32), first_slot)

@@ -1,0 +1,152 @@
+"""Predictions of a language model on the examples of a task."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import flax.linen as nn
+
+from ecomjax.data.packing import Encoded
+from ecomjax.decoding.generate import GenerateOptions, generate
+from ecomjax.decoding.score import label_log_likelihoods
+from ecomjax.errors import UserError
+from ecomjax.tasks.base import Example, Task
+from ecomjax.tasks.prompts import render
+
+Demonstrations = Sequence[Example]
+Method = Literal["auto", "likelihood", "generate"]
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer; `hf.tokenizer.Tokenizer` is one."""
+
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+    def chat(self, messages: list[dict[str, str]]) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a model said of one example, and how it was read.
+
+    Attributes:
+        value: of the type of `Example.target`, or `Invalid`.
+        text: the answer as text; for label likelihoods, the most likely label.
+        scores: log-likelihood of every label, where labels were scored; else empty.
+    """
+
+    value: Any
+    text: str
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """A model, its tokenizer and the way it is asked.
+
+    Attributes:
+        model: see `models.likelihood.token_log_likelihood`.
+        tokenizer: of the model.
+        task: what is asked.
+        prompt_format: "chat" or "alpaca".
+        method: "likelihood" scores the task's labels, "generate" lets the model write;
+            "auto" is likelihood where the task has labels.
+        batch_size: prompts at once.
+        window: most tokens of a prompt and its answer.
+        max_new_tokens: of a written answer.
+        temperature, top_p, seed: see `GenerateOptions`.
+    """
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    task: Task
+    prompt_format: str
+    method: Method
+    batch_size: int
+    window: int
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def prompt(self, example: Example, demonstrations: Demonstrations = ()) -> tuple[int, ...]:
+        """Token ids of the prompt, which end where the answer starts."""
+        prompt = self.task.prompt(example, demonstrations)
+        text = render(prompt, self.prompt_format, self.tokenizer.chat)
+        return tuple(self.tokenizer.encode(text))
+
+    def answer(self, text: str) -> tuple[int, ...]:
+        """Token ids of an answer and the token that ends it."""
+        return (*self.tokenizer.encode(text), self.tokenizer.eos_id)
+
+    def encode(self, example: Example) -> Encoded:
+        """The example as the model is trained on it: prompt, answer, end."""
+        prompt = self.prompt(example)
+        return Encoded(example.id, (*prompt, *self.answer(self.task.answer(example))), len(prompt))
+
+    def predict(
+        self,
+        variables: Any,
+        examples: Sequence[Example],
+        demonstrations: Demonstrations = (),
+        on_done: Callable[[int], None] = lambda count: None,
+    ) -> list[Prediction]:
+        """Predictions for the examples, in their order.
+
+        Args:
+            variables: {"params": ..., "lora": ...}.
+            examples: what to answer.
+            demonstrations: shown before each, in this order.
+            on_done: called with the number of examples just finished.
+
+        Raises:
+            UserError: the method asks for labels and the task has none.
+        """
+        prompts = [self.prompt(example, demonstrations) for example in examples]
+        labels = self.task.labels
+        if self.method == "likelihood" and labels is None:
+            raise UserError(
+                f"task {self.task.name} has no closed set of labels",
+                "config.evaluation.method",
+                "use auto or generate",
+            )
+        if labels is not None and self.method != "generate":
+            table = label_log_likelihoods(
+                self.model,
+                variables,
+                prompts,
+                [self.answer(label) for label in labels],
+                batch_size=self.batch_size,
+                window=self.window,
+                on_done=on_done,
+            )
+            return [
+                Prediction(
+                    labels[int(row.argmax())],
+                    labels[int(row.argmax())],
+                    dict(zip(labels, row.tolist(), strict=True)),
+                )
+                for row in table
+            ]
+        options = GenerateOptions(
+            max_new_tokens=self.max_new_tokens,
+            end=self.tokenizer.eos_id,
+            batch_size=self.batch_size,
+            window=self.window,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
+        answers = generate(self.model, variables, prompts, options, on_done)
+        texts = [self.tokenizer.decode(answer.tokens) for answer in answers]
+        return [
+            Prediction(self.task.parse(text, example), text)
+            for text, example in zip(texts, examples, strict=True)
+        ]
