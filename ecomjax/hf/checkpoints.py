@@ -19,7 +19,7 @@ from ecomjax.hf.files import read_json, replace_file, replace_folder, sha256_of
 from ecomjax.hf.gguf import GGUFFile
 from ecomjax.hf.presets import PRESETS, Preset
 from ecomjax.hf.rules import DTYPES
-from ecomjax.hf.safetensors_io import SafetensorsFolder, write_folder
+from ecomjax.hf.safetensors_io import INDEX, SINGLE, SafetensorsFolder, write_folder
 from ecomjax.hf.tokenizer import Tokenizer, check_vocabulary
 from ecomjax.models.llama import LlamaConfig
 from ecomjax.typing import Params
@@ -131,8 +131,10 @@ def _from_hub(repository: str, revision: str | None) -> tuple[str, str]:
         )
     except Exception as error:
         return "", reason or str(error).partition("\n")[0]
-    complete = os.path.isfile(os.path.join(folder, "config.json"))
-    return (folder, "") if complete else ("", reason or "its snapshot has no config.json")
+    missing = {"config.json", "tokenizer.json"} - set(os.listdir(folder))
+    if missing or not {SINGLE, INDEX} & set(os.listdir(folder)):
+        return "", reason or "the snapshot is not complete"
+    return folder, ""
 
 
 def _load(

@@ -70,6 +70,15 @@ def test_the_cache_serves_without_network(preset, folder, monkeypatch):
     assert load_pretrained("tiny").identity.source == "hub"
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_half_a_snapshot_is_none(preset, folder, monkeypatch, name):
+    """What an interrupted download leaves in the cache does not hide the other sources."""
+    (folder / name).unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(folder))
+    with pytest.raises(UserError, match="no weights of 'tiny' found"):
+        load_pretrained("tiny")
+
+
 def test_hub_weights_are_pinned(preset, folder, monkeypatch):
     pinned = dataclasses.replace(preset, hub_sha256="1" * 64)
     monkeypatch.setitem(presets.PRESETS, "tiny", pinned)
