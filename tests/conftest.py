@@ -91,7 +91,7 @@ class TinyLlama:
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(model, variables, tokens, positions, segments, index):
     hidden, _ = model.apply(variables, tokens, positions, segments, None, index)
-    return model.apply(variables, hidden, method="logits")
+    return model.apply(variables, hidden, index, method="logits")
 
 
 @pytest.fixture(scope="session")

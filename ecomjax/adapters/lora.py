@@ -86,7 +86,7 @@ def fuse(params: Params, adapter: Adapter) -> Params:
     fused = trees.flatten(params)
     for path, leaf in trees.flatten(adapter).items():
         kernel = fused[path]
-        total = jnp.asarray(kernel).astype(jnp.float32) + leaf.delta(kernel)
+        total = kernel.astype(jnp.float32) + leaf.delta(kernel)
         fused[path] = total.astype(kernel.dtype)
     return trees.unflatten(fused)
 

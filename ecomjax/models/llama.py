@@ -176,11 +176,13 @@ class Llama(nn.Module):
             collected.append(layer_cache)
         return x, None if caches is None else jax.tree.map(lambda *xs: jnp.stack(xs), *collected)
 
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def logits(
+        self, hidden: Float[Array, "B T D"], adapter_index: Int[Array, "B"] | None = None
+    ) -> Float[Array, "B T V"]:
         """Next-token logits in float32."""
         if self.config.tied_embeddings:
             return self.embed.attend(hidden).astype(jnp.float32)
-        return self.lm_head(hidden).astype(jnp.float32)
+        return self.lm_head(hidden, adapter_index).astype(jnp.float32)
 
     def everything(self, tokens, positions, segment_ids):
         """Hidden states and logits; touches every parameter, for initialisation."""

@@ -1,14 +1,10 @@
-from typing import Any
-
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ecomjax.models.layers import Embed, Linear, RMSNorm
-from ecomjax.typing import LowRank
 
 RNG = np.random.default_rng(0)
 
@@ -33,45 +29,6 @@ def test_fresh_kernels_keep_the_variance():
     kernel = nn.unbox(layer.init(jax.random.key(0), normal(1, 1, 5, 20)))["params"]["kernel"]
     assert kernel.shape == (5, 20, 300)
     assert float(jnp.var(kernel)) == pytest.approx(1 / 100, rel=0.05)
-
-
-class Quantized(flax.struct.PyTreeNode):
-    """Rounded to int8 by output column; an array to whoever reshapes and casts it."""
-
-    values: Any
-    scales: Any
-    shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
-
-    @classmethod
-    def of(cls, kernel, inputs):
-        matrix = kernel.reshape(np.prod(kernel.shape[:inputs]), -1)
-        scales = np.abs(matrix).max(axis=0, keepdims=True) / 127
-        return cls(np.round(matrix / scales).astype(np.int8), scales, kernel.shape)
-
-    def reshape(self, *shape):
-        return self.replace(shape=jnp.empty(self.values.shape).reshape(*shape).shape)
-
-    def astype(self, dtype):
-        full = self.values.astype(jnp.float32) * self.scales
-        return full.reshape(self.shape).astype(dtype)
-
-
-@pytest.mark.parametrize(("inputs", "shape", "out"), [(1, (7,), (3, 4)), (2, (3, 4), (7,))])
-def test_linear_holds_a_quantized_kernel(inputs, shape, out):
-    """Any struct with an array's `reshape` and `astype` is a kernel, side path included."""
-    kernel, x = Quantized.of(normal(*shape, *out), inputs), normal(2, 5, *shape)
-    d_in, d_out = kernel.values.shape
-    leaf = LowRank(a=normal(d_in, 2), b=normal(2, d_out), scale=np.float32(0.5))
-    layer = Linear(out, ("in",) * inputs + ("out",) * len(out), inputs=inputs)
-
-    @jax.jit
-    def run(kernel):
-        return layer.apply({"params": {"kernel": kernel}, "lora": {"kernel": leaf}}, x)
-
-    dense = kernel.astype(jnp.float32)
-    np.testing.assert_allclose(run(kernel), run(dense), rtol=1e-6)
-    expected = np.tensordot(x, dense + leaf.delta(dense), inputs)
-    np.testing.assert_allclose(run(kernel), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_linear_computes_in_its_dtype():

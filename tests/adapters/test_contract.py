@@ -1,0 +1,136 @@
+"""The contract of adapters and kernels holds what is not in the package: it need not change."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ecomjax import trees
+from ecomjax.adapters import lora
+from ecomjax.adapters.rules import LoraRule
+from ecomjax.typing import AdapterLeaf
+
+
+def assert_close(ours, expected, tolerance=1e-5):
+    assert np.abs(ours - expected).max() <= tolerance * np.abs(expected).max()
+
+
+class DoRA(flax.struct.PyTreeNode):
+    """magnitude * (W + s A B) / |W + s A B|, norms by output (arXiv 2402.09353, equation 5)."""
+
+    a: Any
+    b: Any
+    scale: Any
+    magnitude: Any
+
+    fixed = ("scale",)
+
+    def gain(self, matrix):
+        merged = matrix + self.scale[..., None, None] * (self.a @ self.b)
+        return self.magnitude / jnp.linalg.norm(merged, axis=-2)
+
+    def apply(self, x, kernel, y, index=None, key=None):
+        adapted = y + self.scale * ((x @ self.a) @ self.b)
+        return self.gain(kernel)[None, None] * adapted
+
+    def delta(self, kernel):
+        matrix = kernel.reshape(*self.a.shape[:-1], self.b.shape[-1])
+        merged = matrix + self.scale[..., None, None] * (self.a @ self.b)
+        return (self.gain(matrix)[..., None, :] * merged - matrix).reshape(kernel.shape)
+
+
+def test_holds_dora(tiny, make_adapter, tokens):
+    def fresh(leaf, kernel):
+        matrix = kernel.reshape(*leaf.a.shape[:-1], leaf.b.shape[-1])
+        return DoRA(leaf.a, leaf.b, leaf.scale, np.linalg.norm(matrix, axis=-2))
+
+    adapter = trees.map_leaves(fresh, make_adapter(None), tiny.params)
+    assert all(isinstance(leaf, AdapterLeaf) for leaf in trees.flatten(adapter).values())
+    base = tiny.logits(tokens)
+    assert_close(tiny.logits(tokens, lora=adapter), base)
+
+    rng = np.random.default_rng(0)
+
+    def perturbed(leaf):
+        b = 0.1 * rng.standard_normal(leaf.b.shape, np.float32)
+        return leaf.replace(b=b, magnitude=leaf.magnitude * rng.uniform(0.5, 2.0))
+
+    adapter = trees.map_leaves(perturbed, adapter)
+    adapter = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), adapter)
+    side = tiny.logits(tokens, lora=adapter)
+    assert_close(side, tiny.logits(tokens, params=lora.fuse(tiny.params, adapter)))
+    assert np.abs(side - base).max() > 0.1 * np.abs(base).max()
+    trained, fixed = lora.split(adapter)
+    assert trees.count(fixed) == sum(leaf.scale.size for leaf in trees.flatten(adapter).values())
+    rejoined = lora.join(trained, fixed)
+    jax.tree.map(np.testing.assert_array_equal, rejoined, adapter)
+
+
+def test_holds_several_adapters_at_once(tiny, make_adapter, tokens):
+    """Stacked by hand along the axis after layers; each row of a batch names its own."""
+    adapters = [make_adapter(seed) for seed in (1, 2, 3)]
+    adapters[1] = trees.map_leaves(lambda leaf: leaf.replace(scale=3 * leaf.scale), adapters[1])
+
+    def together(path, *leaves):
+        axis = int(path.startswith("layers/"))
+        return jax.tree.map(lambda *xs: np.stack(xs, axis=axis), *leaves)
+
+    flat = [trees.flatten(adapter) for adapter in adapters]
+    many = trees.unflatten({path: together(path, *(f[path] for f in flat)) for path in flat[0]})
+    index = np.array([2, 0, 1, 0], np.int32)
+    mixed = tiny.logits(tokens, lora=many, index=index)
+    for row, i in enumerate(index):
+        assert_close(mixed[row], tiny.logits(tokens, lora=adapters[i])[row])
+
+
+class Quantized(flax.struct.PyTreeNode):
+    """A kernel in int8, a scale by output; an array to whoever reshapes and casts it."""
+
+    values: Any
+    scales: Any
+
+    @classmethod
+    def of(cls, kernel, axes):
+        inputs = tuple(range(axes.stacked, axes.stacked + axes.inputs))
+        scales = np.abs(kernel).max(axis=inputs, keepdims=True) / 127
+        return cls(np.round(kernel / scales).astype(np.int8), scales)
+
+    @property
+    def shape(self):
+        return self.values.shape
+
+    @property
+    def dtype(self):
+        return self.scales.dtype
+
+    def reshape(self, d_in, d_out):
+        return Quantized(self.values.reshape(d_in, d_out), self.scales.reshape(1, d_out))
+
+    def astype(self, dtype):
+        return (self.values.astype(self.dtype) * self.scales).astype(dtype)
+
+
+def test_holds_a_quantized_base(tiny, make_adapter, tokens):
+    """Base alone, adapter beside it, and both fused into a dense model."""
+    axes = trees.flatten(tiny.axes)
+
+    def converted(convert):
+        flat = trees.flatten(tiny.params).items()
+        return trees.unflatten(
+            {path: convert(x, axes[path]) if axes[path].inputs else x for path, x in flat}
+        )
+
+    quantized = converted(Quantized.of)
+    dense = converted(lambda x, a: Quantized.of(x, a).astype(np.float32))
+    assert_close(tiny.logits(tokens, params=quantized), tiny.logits(tokens, params=dense), 1e-6)
+    rules = [LoraRule(rank=3)]
+    fresh, expected = (
+        lora.init(base, tiny.axes, rules, jax.random.key(0))[1] for base in (quantized, dense)
+    )
+    jax.tree.map(np.testing.assert_array_equal, fresh, expected)
+    adapter = make_adapter(1)
+    side = tiny.logits(tokens, params=quantized, lora=adapter)
+    assert_close(side, tiny.logits(tokens, params=dense, lora=adapter))
+    assert_close(side, tiny.logits(tokens, params=lora.fuse(quantized, adapter)))
