@@ -49,7 +49,7 @@ def make_train_step(
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
         metrics = {
             "loss": total / weight,
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "target_tokens": weight,
             "tokens": (batch.segment_ids != PADDING_SEGMENT).sum(),

@@ -6,6 +6,8 @@ from ecomjax import trees
 from ecomjax.adapters import lora
 from ecomjax.adapters.rules import LoraRule
 
+EVERY_KERNEL = (LoraRule(".*/kernel", rank=3, alpha=4.0),)
+
 
 @pytest.fixture(scope="session")
 def tiny(make_llama):
@@ -21,7 +23,7 @@ def tokens():
 def make_adapter(tiny):
     """Function (seed, rules) -> adapter of the tiny model, `b` drawn too unless seed is None."""
 
-    def make(seed=0, rules=(LoraRule(".*/kernel", rank=3, alpha=4.0),)):
+    def make(seed=0, rules=EVERY_KERNEL):
         _, adapter = lora.init(tiny.params, tiny.axes, rules, jax.random.key(seed or 0))
         if seed is None:
             return adapter

@@ -1,0 +1,115 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ecomjax import trees
+from ecomjax.adapters import lora
+from ecomjax.adapters.rules import LoraRule
+from ecomjax.data.packing import Encoded, assemble, make_plan, shared_prefix
+from ecomjax.training.losses import causal_lm
+
+PACKINGS = ("shared_prefix", "plain", "pad")
+
+
+@pytest.fixture(scope="module")
+def tiny(make_llama):
+    return make_llama(layers=2)
+
+
+@pytest.fixture(scope="module")
+def sequences():
+    """Seven examples of one instruction; answers of 2 to 9 tokens."""
+    rng = np.random.default_rng(0)
+    opening, made = [5, 6, 7, 8], []
+    for i, (prompt, answer) in enumerate(rng.integers((1, 2), (6, 10), (7, 2)).tolist()):
+        tokens = (*opening, *rng.integers(1, 60, prompt + answer).tolist())
+        made.append(Encoded(str(i), tokens, 4 + prompt))
+    return made
+
+
+@pytest.fixture(scope="module")
+def run(tiny):
+    """Function of a batch -> (loss sum, weight, gradient) of one random adapter."""
+    rng = np.random.default_rng(1)
+    rules = [LoraRule(rank=3, dropout=0.5)]
+    _, adapter = lora.init(tiny.params, tiny.axes, rules, jax.random.key(0))
+    adapter = jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape, np.float32), adapter)
+    trained, fixed = lora.split(adapter)
+    loss = causal_lm(tiny.model)
+    frozen = {"params": tiny.params, "fixed": fixed}
+
+    @jax.jit
+    def of_batch(trained, frozen, batch, key):
+        def compute(trained):
+            total, weight, aux = loss(trained, frozen, batch, key)
+            assert aux == {}
+            return total, weight
+
+        (total, weight), grads = jax.value_and_grad(compute, has_aux=True)(trained)
+        return total, weight, grads
+
+    def run(batch, key=None):
+        return of_batch(trained, frozen, jax.tree.map(jnp.asarray, batch), key)
+
+    run.adapter = adapter
+    return run
+
+
+def pack(sequences, packing):
+    """One step of all sequences, in seven rows however few they fill."""
+    lengths = np.array([len(s.tokens) for s in sequences])
+    options = {"row_length": 36, "batch_size": 7, "epochs": 1, "rows_multiple": 7, "seed": 0}
+    plan = make_plan(lengths, prefix=shared_prefix(sequences), packing=packing, **options)
+    return assemble(plan.steps[0], sequences, plan)
+
+
+def test_counts_answers_token_by_token(tiny, run, sequences):
+    """-log p of every answer token, each example alone, computed from all its logits."""
+    expected = 0.0
+    for sequence in sequences:
+        padded = np.zeros((1, 20), np.int32)
+        padded[0, : len(sequence.tokens)] = sequence.tokens
+        logits = tiny.logits(padded, lora=run.adapter)[0].astype(np.float64)
+        for i in range(sequence.prompt, len(sequence.tokens)):
+            row = logits[i - 1]
+            expected += np.log(np.exp(row).sum()) - row[sequence.tokens[i]]
+    total, weight, _ = run(pack(sequences, "pad"))
+    assert float(weight) == sum(len(s.tokens) - s.prompt for s in sequences)
+    assert float(total) == pytest.approx(expected, rel=1e-5)
+
+
+def test_packing_changes_neither_loss_nor_gradient(run, sequences):
+    packed = {packing: pack(sequences, packing) for packing in PACKINGS}
+    used = {packing: int((b.segment_ids != 0).any(axis=1).sum()) for packing, b in packed.items()}
+    assert used["shared_prefix"] < used["plain"] < used["pad"] == 7
+    expected, weight, gradients = run(packed["pad"])
+    for packing in ("shared_prefix", "plain"):
+        total, same_weight, grads = run(packed[packing])
+        assert float(same_weight) == float(weight)
+        assert float(total) == pytest.approx(float(expected), rel=1e-5)
+        theirs = trees.flatten(gradients)
+        for path, leaf in trees.flatten(grads).items():
+            for name in ("a", "b"):
+                ours, exact = getattr(leaf, name), getattr(theirs[path], name)
+                assert np.linalg.norm(exact) > 0
+                assert np.linalg.norm(ours - exact) <= 5e-5 * np.linalg.norm(exact), (path, name)
+
+
+def test_dropout_needs_a_key(run, sequences):
+    batch = pack(sequences, "plain")
+    sure, once, again = run(batch), run(batch, jax.random.key(0)), run(batch, jax.random.key(0))
+    other = run(batch, jax.random.key(1))
+    assert float(once[0]) == float(again[0])
+    assert len({float(x[0]) for x in (sure, once, other)}) == 3
+
+
+def test_prompts_carry_no_loss(run, sequences):
+    """Another target or another token where nothing is learnt from changes nothing."""
+    batch = pack(sequences, "shared_prefix")
+    noise = np.random.default_rng(2).integers(0, 60, batch.tokens.shape).astype(np.int32)
+    changed = batch.replace(
+        targets=np.where(batch.weights > 0, batch.targets, noise),
+        tokens=np.where(batch.segment_ids == 0, noise, batch.tokens),
+    )
+    assert float(run(changed)[0]) == float(run(batch)[0])

@@ -1,0 +1,184 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ecomjax import trees
+from ecomjax.adapters import lora
+from ecomjax.adapters.rules import LoraRule
+from ecomjax.training.losses import causal_lm
+from ecomjax.training.state import new_state
+from ecomjax.training.step import make_loss_pass, make_train_step
+from ecomjax.typing import Batch
+
+pytestmark = pytest.mark.usefixtures("loose_promotion")
+RNG = np.random.default_rng(0)
+ROWS, T, V = 8, 12, 61
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Eight rows of 2 to 12 tokens, of which 1 to 11 are targets."""
+    lengths, learnt = np.array([12, 3, 7, 2, 5, 12, 4, 9]), np.array([11, 1, 2, 1, 4, 1, 3, 8])
+    slots = np.broadcast_to(np.arange(T, dtype=np.int32), (ROWS, T))
+    targeted = (slots < lengths[:, None] - 1) & (slots >= lengths[:, None] - 1 - learnt[:, None])
+    tokens, targets = RNG.integers(0, V, (2, ROWS, T)).astype(np.int32)
+    inside = (slots < lengths[:, None]).astype(np.int32)
+    return Batch(tokens, slots * inside, inside, targets, targeted.astype(np.float32))
+
+
+def cut(rows, microbatches):
+    """The rows as leaves [M, B, T]."""
+    return jax.tree.map(lambda x: jnp.asarray(x).reshape(microbatches, -1, x.shape[-1]), rows)
+
+
+def add_empty(rows, count):
+    return jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:count])]), rows)
+
+
+def toy_loss(trained, frozen, batch, key):
+    """Squared error of a table lookup; not a number where there is no target."""
+    error = (trained["w"][batch.tokens] - batch.targets) * frozen
+    weight = batch.weights.sum()
+    return (error**2 * batch.weights).sum() + 0.0 / weight, weight, {}
+
+
+def toy_state(optimizer, seed=0):
+    return new_state({"w": jnp.arange(V) / 10}, optimizer, jax.random.key(seed))
+
+
+def slope(step):
+    return 0.1 / (step + 1)
+
+
+def run_toy(batch, loss=toy_loss, optimizer=None):
+    step = make_train_step(loss, optimizer or optax.sgd(1.0), slope)
+    return step(toy_state(optimizer or optax.sgd(1.0)), jnp.float32(0.5), batch)
+
+
+def naive_toy(rows):
+    """(loss, gradient) of the toy, token by token."""
+    total, gradient = 0.0, np.zeros(V)
+    fields = (np.ravel(x) for x in (rows.tokens, rows.targets, rows.weights))
+    for token, target, weight in zip(*fields, strict=True):
+        error = (token / 10 - target) * 0.5
+        total += weight * error**2
+        gradient[token] += weight * 2 * error * 0.5
+    return total / rows.weights.sum(), gradient / rows.weights.sum()
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 8])
+def test_one_division_by_all_targets(rows, microbatches):
+    """Not the mean of the means of microbatches, whose lengths differ elevenfold."""
+    state, metrics = run_toy(cut(rows, microbatches))
+    loss, gradient = naive_toy(rows)
+    assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-6)
+    expected = np.arange(V) / 10 - gradient
+    np.testing.assert_allclose(state.trained["w"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_metrics(rows):
+    _, metrics = run_toy(cut(rows, 2))
+    assert set(metrics) == {"loss", "gradient_norm", "learning_rate", "target_tokens", "tokens"}
+    assert float(metrics["gradient_norm"]) == pytest.approx(
+        np.linalg.norm(naive_toy(rows)[1]), rel=1e-5
+    )
+    assert float(metrics["target_tokens"]) == 31
+    assert int(metrics["tokens"]) == 54
+    assert float(metrics["learning_rate"]) == pytest.approx(0.1)
+
+
+def test_empty_microbatches_are_skipped(rows):
+    """The toy loss of one is not a number, and so would be its gradient."""
+    _, expected = run_toy(cut(rows, 8))
+    state, metrics = run_toy(cut(add_empty(rows, 4), 12))
+    assert float(metrics["loss"]) == float(expected["loss"])
+    assert float(metrics["gradient_norm"]) == float(expected["gradient_norm"])
+    assert np.isfinite(state.trained["w"]).all()
+
+
+def test_accumulation_of_a_model(make_llama, rows):
+    """8 x 1, 1 x 8 and 2 x 4 rows: loss within 1e-6, every gradient within 5e-5 of its norm."""
+    tiny, rng = make_llama(layers=2), np.random.default_rng(1)
+    _, adapter = lora.init(tiny.params, tiny.axes, [LoraRule(rank=3)], jax.random.key(0))
+    adapter = jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape, np.float32), adapter)
+    trained, fixed = lora.split(adapter)
+    frozen = {"params": tiny.params, "fixed": fixed}
+    step = make_train_step(causal_lm(tiny.model), optax.sgd(1.0), slope)
+    results = {}
+    for microbatches in (1, 2, 8):
+        state = new_state(jax.tree.map(jnp.array, trained), optax.sgd(1.0), jax.random.key(0))
+        state, metrics = step(state, frozen, cut(rows, microbatches))
+        gradients = jax.tree.map(lambda new, old: new - old, state.trained, trained)
+        results[microbatches] = float(metrics["loss"]), trees.flatten(gradients)
+    loss, gradients = results.pop(1)
+    assert loss > 0.1
+    for other_loss, others in results.values():
+        assert other_loss == pytest.approx(loss, rel=1e-6)
+        for path, leaf in gradients.items():
+            for name in ("a", "b"):
+                ours, exact = getattr(others[path], name), getattr(leaf, name)
+                assert np.linalg.norm(exact) > 0
+                assert np.linalg.norm(ours - exact) <= 5e-5 * np.linalg.norm(exact)
+
+
+def test_traced_once(rows):
+    traces = []
+
+    def counted(*args):
+        traces.append(1)
+        return toy_loss(*args)
+
+    optimizer = optax.adamw(slope)
+    step, state = make_train_step(counted, optimizer, slope), toy_state(optimizer)
+    rates, structure = [], jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    for number in range(4):
+        state, metrics = step(state, jnp.float32(0.5), cut(rows, 2))
+        rates.append(float(metrics["learning_rate"]))
+        first = len(traces) if number == 0 else first
+    assert len(traces) == first > 0
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == structure
+    assert int(state.step) == 4
+    np.testing.assert_allclose(rates, [slope(step) for step in range(4)], rtol=1e-6)
+
+
+def noisy_loss(trained, frozen, batch, key):
+    weight = batch.weights.sum()
+    return weight * jax.random.uniform(key), weight, {}
+
+
+def test_every_microbatch_of_every_step_has_its_own_key(rows):
+    """And the key depends on nothing but seed, step and number: a resumed run draws the same."""
+    step = make_train_step(noisy_loss, optax.sgd(0.0), slope)
+    same = jax.tree.map(lambda x: np.stack([x[:1]] * 2), rows)
+
+    def losses(seed, batch, start=0, steps=2):
+        state = toy_state(optax.sgd(0.0), seed).replace(step=jnp.int32(start))
+        drawn = []
+        for _ in range(steps):
+            state, metrics = step(state, None, batch)
+            drawn.append(float(metrics["loss"]))
+        return drawn
+
+    both = losses(0, same)
+    assert len({*both, *losses(1, same)}) == 4
+    assert losses(0, same) == both
+    assert losses(0, same, start=1, steps=1) == both[1:]
+    alone = losses(0, jax.tree.map(lambda x: x[:1], same), steps=1)[0]
+    assert both[0] != pytest.approx(alone, rel=1e-3)
+
+
+def test_loss_pass_sums_without_a_key(rows):
+    keys = []
+
+    def watched(trained, frozen, batch, key):
+        keys.append(key)
+        return toy_loss(trained, frozen, batch, key)
+
+    total, weight = make_loss_pass(watched)(
+        {"w": jnp.arange(V) / 10}, jnp.float32(0.5), cut(add_empty(rows, 4), 6)
+    )
+    assert float(weight) == 31
+    assert float(total) / 31 == pytest.approx(naive_toy(rows)[0], rel=1e-6)
+    assert set(keys) == {None}
