@@ -41,8 +41,11 @@ def _fill(model: nn.Module, variables: Any, tokens, positions, segments) -> KVCa
 
 
 def fill_prefix(model: nn.Module, variables: Any, prefix: Sequence[int]) -> KVCache:
-    """A cache of one row that holds the prefix as the shared segment, in bucketed slots."""
-    slots = bucketed(len(prefix))
+    """A cache of one row that holds the prefix as the shared segment, in bucketed slots.
+
+    There is one bucket at least, so that no prefix is no other shape than a short one.
+    """
+    slots = bucketed(max(1, len(prefix)))
     tokens, segments = np.zeros((1, slots), np.int32), np.zeros((1, slots), np.int32)
     tokens[0, : len(prefix)] = prefix
     segments[0] = PADDING_SEGMENT

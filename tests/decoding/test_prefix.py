@@ -1,0 +1,42 @@
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ecomjax.decoding import prefix
+
+sequences = st.lists(st.integers(0, 1), min_size=1, max_size=6)
+
+
+@given(sequences, st.lists(sequences, min_size=1, max_size=4))
+def test_common_prefix_leaves_every_prompt_a_token(opening, tails):
+    prompts = [opening + tail for tail in tails]
+    longest = len(os.path.commonprefix(prompts))  # noqa: RUF071 - of lists, not of paths
+    assert prefix.common_prefix(prompts) == min(longest, min(map(len, prompts)) - 1)
+
+
+@pytest.mark.parametrize(("length", "slots"), [(0, 0), (1, 32), (32, 32), (33, 64)])
+def test_buckets(length, slots):
+    assert prefix.bucketed(length) == slots
+
+
+def test_the_cache_of_a_prefix(tiny, variables):
+    """Three tokens in 32 slots, the rest padding, then copied to the head of longer rows."""
+    cache = prefix.fill_prefix(tiny.model, variables, [5, 6, 7])
+    assert int(cache.length) == 32
+    assert cache.segment_ids.tolist() == [[-1] * 3 + [0] * 29]
+    rows = prefix.extend(cache, 4, 9)
+    assert rows.keys.shape == (2, 4, 32 + 9, 2, 8)
+    assert int(rows.length) == 32
+    for row in range(4):
+        np.testing.assert_array_equal(rows.keys[:, row, :32], cache.keys[:, 0])
+        np.testing.assert_array_equal(rows.values[:, row, :32], cache.values[:, 0])
+        assert rows.segment_ids[row].tolist() == [-1] * 3 + [0] * 38
+        assert rows.positions[row, :3].tolist() == [0, 1, 2]
+
+
+def test_no_prefix_is_a_bucket_of_padding(tiny, variables):
+    cache = prefix.fill_prefix(tiny.model, variables, [])
+    assert cache.segment_ids.tolist() == [[0] * 32]

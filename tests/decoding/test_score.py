@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+
+from ecomjax.decoding.score import label_log_likelihoods
+from ecomjax.errors import UserError
+from ecomjax.models.llama import Llama
+
+END = 2
+LABELS = [[11, END], [11, 12, END], [11, 12, 13, END], [30, END]]
+"""The first three are prefixes of one another but for the end token."""
+
+
+@pytest.fixture(scope="module")
+def naive(prompts, log_probabilities):
+    """One full forward for every prompt and label."""
+    pairs = [(prompt, label) for prompt in prompts for label in LABELS]
+    table = log_probabilities([prompt + label for prompt, label in pairs])
+    scores = []
+    for row, (prompt, label) in enumerate(pairs):
+        slots = np.arange(len(prompt) - 1, len(prompt) + len(label) - 1)
+        scores.append(table[row, slots, label].sum())
+    return np.reshape(scores, (len(prompts), len(LABELS)))
+
+
+def score(tiny, prompts, labels=LABELS, batch_size=16, window=64, **options):
+    return label_log_likelihoods(
+        tiny.model,
+        {"params": tiny.params},
+        prompts,
+        labels,
+        batch_size=batch_size,
+        window=window,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_equals_one_forward_a_label(tiny, prompts, naive, batch_size):
+    done = []
+    scores = score(tiny, prompts, batch_size=batch_size, on_done=done.append)
+    np.testing.assert_allclose(scores, naive, rtol=1e-5, atol=1e-5)
+    assert sum(done) == len(prompts)
+
+
+def test_probabilities_of_labels_that_open_alike(tiny, prompts, naive):
+    """The end token makes them exclusive: their shares are those of brute force, and sum to 1."""
+
+    def shares(scores):
+        return np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+
+    found = shares(score(tiny, prompts))
+    np.testing.assert_allclose(found, shares(naive), atol=1e-5)
+    np.testing.assert_allclose(found.sum(axis=1), 1.0, atol=1e-6)
+    assert np.ptp(found, axis=1).min() > 0.01
+
+
+def test_the_common_prefix_changes_nothing(tiny, prompts, naive):
+    scores = score(tiny, [*prompts, [3]])
+    np.testing.assert_allclose(scores[:-1], naive, rtol=1e-5, atol=1e-5)
+
+
+def test_every_next_token_is_a_label(tiny, prompts):
+    """The probabilities of all tokens as labels of one token sum to 1."""
+    scores = score(tiny, prompts[:2], [[token] for token in range(61)])
+    np.testing.assert_allclose(np.exp(scores).sum(axis=1), 1.0, atol=1e-5)
+
+
+class Watched(Llama):
+    """Counts how often it is traced."""
+
+    traced = 0
+
+    def logits(self, hidden, adapter_index=None):
+        type(self).traced += 1
+        return super().logits(hidden, adapter_index)
+
+
+def test_nothing_is_compiled_anew_for_other_lengths_of_a_bucket(tiny):
+    def run(prompts):
+        before, model = Watched.traced, Watched(tiny.config)
+        options = {"batch_size": 2, "window": 64}
+        label_log_likelihoods(model, {"params": tiny.params}, prompts, LABELS, **options)
+        return Watched.traced - before
+
+    assert run([[1, 2, 3], [1, 2, 4, 5, 6]]) > 0
+    assert run([[1, 2], [1, 3, 4], [1, 5, 6, 7, 8, 9, 10]]) == 0
+
+
+def test_refusals(tiny):
+    assert score(tiny, []).shape == (0, 4)
+    with pytest.raises(UserError, match="empty prompt or label"):
+        score(tiny, [[1], []])
+    with pytest.raises(UserError, match="empty prompt or label"):
+        score(tiny, [[1]], [[5], []])
+    with pytest.raises(UserError, match=r"7 tokens and a label of 4 exceed .* of 10: prompt 1"):
+        score(tiny, [[1] * 6, [1] * 7], window=10)
