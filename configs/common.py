@@ -6,8 +6,11 @@ of `ecomjax/experiments/config.py`.
 
 from ml_collections import ConfigDict
 
-TASKS = {"esci": {"max_new_tokens": 8}, "queryner": {"max_new_tokens": 160}}
-"""What differs from task to task."""
+TASKS = {
+    "esci": {"max_new_tokens": 8, "batch_size": 16, "validation": 200},
+    "queryner": {"max_new_tokens": 112, "batch_size": 64, "validation": 64},
+}
+"""What differs from task to task: length of answers, prompts at once, validation examples."""
 
 
 def choose(arg: str, choices, file: str) -> str:
@@ -59,7 +62,7 @@ def adapter() -> ConfigDict:
 def optimizer() -> ConfigDict:
     return ConfigDict(
         {
-            "learning_rate": 5e-4,
+            "learning_rate": 1e-3,
             "warmup": 0.03,
             "schedule": "cosine",
             "weight_decay": 0.0,
@@ -70,7 +73,7 @@ def optimizer() -> ConfigDict:
     )
 
 
-def training(smoke: bool = False) -> ConfigDict:
+def training(task: str, smoke: bool = False) -> ConfigDict:
     return ConfigDict(
         {
             "epochs": 1 if smoke else 3,
@@ -81,7 +84,7 @@ def training(smoke: bool = False) -> ConfigDict:
             "too_long": "drop",
             "seed": 0,
             "evaluate_every": 0,
-            "validation_examples": 8 if smoke else 200,
+            "validation_examples": 8 if smoke else TASKS[task]["validation"],
             "select": "metric",
             "patience": 0,
             "checkpoint_every": 50,
@@ -95,8 +98,8 @@ def evaluation(task: str, smoke: bool = False) -> ConfigDict:
         {
             "split": "test",
             "method": "auto",
-            "batch_size": 16,
-            "max_new_tokens": TASKS[task]["max_new_tokens"],
+            "batch_size": TASKS[task]["batch_size"],
+            "max_new_tokens": 16 if smoke else TASKS[task]["max_new_tokens"],
             "temperature": 0.0,
             "top_p": 1.0,
             "resamples": 200 if smoke else 2000,
@@ -105,11 +108,11 @@ def evaluation(task: str, smoke: bool = False) -> ConfigDict:
     )
 
 
-def fewshot(smoke: bool = False) -> ConfigDict:
+def fewshot(task: str, smoke: bool = False) -> ConfigDict:
     return ConfigDict(
         {
             "shots": (0, 1) if smoke else (0, 1, 3, 8),
-            "select_examples": 8 if smoke else 200,
+            "select_examples": 8 if smoke else TASKS[task]["validation"],
             "seed": 0,
         }
     )

@@ -14,6 +14,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data = common.data(smoke)
     config.adapter = common.adapter()
     config.optimizer = common.optimizer()
-    config.training = common.training(smoke)
+    config.training = common.training(task, smoke)
     config.evaluation = common.evaluation(task, smoke)
     return config

@@ -12,6 +12,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model = models.get("smollm2_135m")
     config.task = common.task(task)
     config.data = common.data(smoke)
-    config.fewshot = common.fewshot(smoke)
+    config.fewshot = common.fewshot(task, smoke)
     config.evaluation = common.evaluation(task, smoke)
     return config

@@ -50,12 +50,14 @@ class Batch(flax.struct.PyTreeNode):
 class KVCache(flax.struct.PyTreeNode):
     """Keys and values of the slots seen so far; passed in and returned, never hidden.
 
+    The slots of a key head lie side by side, as attention reads them.
+
     Slots are filled in order for the whole batch at once; shorter rows hold padding
     slots (segment 0), which no query attends to.
     """
 
-    keys: Float[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"]
+    keys: Float[Array, "L B K S H"]
+    values: Float[Array, "L B K S H"]
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
     length: Int[Array, ""]

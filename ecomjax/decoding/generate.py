@@ -80,12 +80,13 @@ def _decode(
 ) -> tuple[Int[Array, "B max_new"], Float[Array, "B max_new"]]:
     """Decodes rows of prompt tails that follow a cached prefix of `offset` tokens."""
     rows, slots = tokens.shape
-    apply: Callable[..., Any] = model.apply
-    cache = prefixes.extend(start, rows, slots + options.max_new_tokens)
+    bound: Any = model
+    apply = bound.apply
+    cache = bound.new_cache(rows, slots + options.max_new_tokens)
     inside = jnp.arange(slots, dtype=jnp.int32)[None, :] < lengths[:, None]
     segments = jnp.where(inside, OWN_SEGMENT, PADDING_SEGMENT)
     positions = jnp.broadcast_to(offset + jnp.arange(slots, dtype=jnp.int32), tokens.shape)
-    hidden, cache = apply(variables, tokens, positions, segments, cache)
+    hidden, cache = apply(variables, tokens, positions, segments, cache, start)
     hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
 
     def draw(hidden, number):
@@ -113,7 +114,7 @@ def _decode(
     def body(s: _Decoding) -> _Decoding:
         position = (offset + lengths + s.drawn - 1)[:, None]
         segment = jnp.full((rows, 1), OWN_SEGMENT, jnp.int32)
-        hidden, cache = apply(variables, s.last[:, None], position, segment, s.cache)
+        hidden, cache = apply(variables, s.last[:, None], position, segment, s.cache, start)
         token, log_probability = draw(hidden, s.drawn)
         token = jnp.where(s.ended, options.end, token)
         log_probability = jnp.where(s.ended, 0.0, log_probability)

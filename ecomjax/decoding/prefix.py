@@ -8,7 +8,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ecomjax.typing import PADDING_SEGMENT, SHARED_SEGMENT, KVCache
@@ -52,22 +51,3 @@ def fill_prefix(model: nn.Module, variables: Any, prefix: Sequence[int]) -> KVCa
     segments[0, : len(prefix)] = SHARED_SEGMENT
     positions = np.arange(slots, dtype=np.int32)[None]
     return _fill(model, variables, tokens, positions, segments)
-
-
-def extend(prefix: KVCache, rows: int, slots: int) -> KVCache:
-    """The prefix at the head of `rows` rows, with `slots` more slots to fill behind it."""
-
-    def tile(x, batch_axis):
-        shape = list(x.shape)
-        shape[batch_axis] = rows
-        room = [(0, 0)] * x.ndim
-        room[batch_axis + 1] = (0, slots)
-        return jnp.pad(jnp.broadcast_to(x, shape), room)
-
-    return KVCache(
-        keys=tile(prefix.keys, 1),
-        values=tile(prefix.values, 1),
-        positions=tile(prefix.positions, 0),
-        segment_ids=tile(prefix.segment_ids, 0),
-        length=prefix.length,
-    )

@@ -23,8 +23,7 @@ from ecomjax.typing import Batch, KVCache
 def _score(
     model: nn.Module, labels: int, variables: Any, start: KVCache, batch: Batch
 ) -> Float[jax.Array, "B labels"]:
-    cache = prefixes.extend(start, *batch.tokens.shape)
-    likelihood = token_log_likelihood(model, variables, batch, cache)
+    likelihood = token_log_likelihood(model, variables, batch, prefix=start)
     segments = jnp.arange(1, labels + 1, dtype=jnp.int32)
     own = batch.segment_ids[:, None, :] == segments[None, :, None]
     return jnp.where(own, likelihood[:, None, :], 0.0).sum(axis=-1)

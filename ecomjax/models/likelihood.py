@@ -19,7 +19,7 @@ def token_log_likelihood(
     model: nn.Module,
     variables: dict[str, Any],
     batch: Batch,
-    cache: KVCache | None = None,
+    prefix: KVCache | None = None,
     rngs: dict[str, jax.Array] | None = None,
 ) -> Float[Array, "B T"]:
     """log p(target) at every slot of weight > 0, and 0 elsewhere, in float32.
@@ -28,15 +28,17 @@ def token_log_likelihood(
     of each row, and chunks that hold none are skipped.
 
     Args:
-        model: maps tokens, positions, segment ids and cache to (hidden [B, T, D], cache),
+        model: maps tokens, positions, segment ids and prefix to (hidden [B, T, D], cache),
             and hidden states to logits through its method `logits`.
         variables: {"params": ..., "lora": ...}.
         batch: leaves [B, T].
-        cache: keys and values of slots that precede the batch.
+        prefix: see the model; keys and values that stand before every row.
         rngs: {"dropout": key} while training.
     """
     apply: Any = model.apply
-    hidden, _ = apply(variables, batch.tokens, batch.positions, batch.segment_ids, cache, rngs=rngs)
+    hidden, _ = apply(
+        variables, batch.tokens, batch.positions, batch.segment_ids, prefix=prefix, rngs=rngs
+    )
     rows, slots = batch.tokens.shape
     chunk = min(HEAD_CHUNK, slots)
     padding = -slots % chunk

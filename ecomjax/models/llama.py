@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ecomjax.models.attention import Attention, empty_cache, make_mask
+from ecomjax.models.attention import (
+    Attention,
+    KeyValues,
+    StackedCache,
+    empty_cache,
+    make_mask,
+    related,
+)
 from ecomjax.models.layers import Embed, Linear, RMSNorm
 from ecomjax.typing import KVCache
 
@@ -84,23 +91,35 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)).
 
-    The signature is that of a scanned body: carry first, the layer's cache scanned over,
-    everything else broadcast.
+    The signature is that of a scanned body: what is carried from layer to layer, what
+    differs by layer, and what all layers share.
     """
 
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x, cache, positions, mask, first_slot, adapter_index):
+    def __call__(self, carry, of_layer, positions, masks, first_slot, adapter_index):
         c = self.config
+        x, cache = carry
+        layer, prefix = of_layer
+        mask, prefix_mask = masks
         attention = Attention(
             c.heads, c.kv_heads, c.head_dim, c.width, c.rope_theta, name="attn", **c.types
         )
-        normed = RMSNorm(c.norm_eps, name="attn_norm", **c.types)(x)
-        out, cache = attention(normed, positions, mask, cache, first_slot, adapter_index)
+        out, cache = attention(
+            RMSNorm(c.norm_eps, name="attn_norm", **c.types)(x),
+            positions,
+            mask,
+            None if prefix is None else (prefix, prefix_mask),
+            cache,
+            layer,
+            first_slot,
+            adapter_index,
+        )
         x = x + out
         normed = RMSNorm(c.norm_eps, name="mlp_norm", **c.types)(x)
-        return x + SwiGLU(c.width, c.ffn, name="mlp", **c.types)(normed, adapter_index), cache
+        x = x + SwiGLU(c.width, c.ffn, name="mlp", **c.types)(normed, adapter_index)
+        return (x, cache), None
 
 
 class Llama(nn.Module):
@@ -139,42 +158,56 @@ class Llama(nn.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         cache: KVCache | None = None,
+        prefix: KVCache | None = None,
         adapter_index: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Hidden states after the last norm, and the cache with these T slots filled.
 
-        `adapter_index` says which of several adapters each row uses, where the "lora"
-        collection holds several.
+        Args:
+            tokens, positions, segment_ids: see `ecomjax.typing.Batch`.
+            cache: of the same rows; the T slots are written behind those it holds.
+            prefix: a filled cache of one row, read by all rows as if it stood before them.
+            adapter_index: which of several adapters each row uses, where the "lora"
+                collection holds several.
         """
         first_slot = jnp.zeros((), jnp.int32)
-        key_segments = segment_ids
-        layer_caches: Any = None
+        start = (first_slot, first_slot)
+        key_segments, stacked = segment_ids, None
         if cache is not None:
             first_slot = cache.length
-            start = (jnp.zeros((), jnp.int32), first_slot)
+            start = (start[0], first_slot)
             key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, start)
-            cache = cache.replace(
+            stacked = StackedCache(cache.keys, cache.values)
+        mask = make_mask(segment_ids, key_segments, first_slot)
+        layers = jnp.arange(self.config.layers, dtype=jnp.int32)
+        of_layers, prefix_mask = (layers, None), None
+        if prefix is not None:
+            of_layers = (layers, KeyValues(prefix.keys, prefix.values))
+            prefix_mask = related(segment_ids, prefix.segment_ids)
+        x, stacked = self._run_layers(
+            (self.embed(tokens), stacked),
+            of_layers,
+            positions,
+            (mask, prefix_mask),
+            first_slot,
+            adapter_index,
+        )
+        if cache is not None:
+            cache = KVCache(
+                keys=stacked.keys,
+                values=stacked.values,
                 positions=jax.lax.dynamic_update_slice(cache.positions, positions, start),
                 segment_ids=key_segments,
                 length=first_slot + tokens.shape[1],
             )
-            layer_caches = (cache.keys, cache.values)
-        mask = make_mask(segment_ids, key_segments, first_slot)
-        x, layer_caches = self._run_layers(
-            self.embed(tokens), layer_caches, positions, mask, first_slot, adapter_index
-        )
-        if cache is not None:
-            cache = cache.replace(keys=layer_caches[0], values=layer_caches[1])
         return self.final_norm(x), cache
 
-    def _run_layers(self, x, caches, *shared):
+    def _run_layers(self, carry, of_layers, *shared) -> Any:
         if self.config.scan:
-            return self.layers(x, caches, *shared)
-        collected = []
+            return self.layers(carry, of_layers, *shared)[0]
         for i, layer in enumerate(self.layer):
-            x, layer_cache = layer(x, jax.tree.map(lambda c, i=i: c[i], caches), *shared)
-            collected.append(layer_cache)
-        return x, None if caches is None else jax.tree.map(lambda *xs: jnp.stack(xs), *collected)
+            carry, _ = layer(carry, jax.tree.map(lambda x, i=i: x[i], of_layers), *shared)
+        return carry
 
     def logits(
         self, hidden: Float[Array, "B T D"], adapter_index: Int[Array, "B"] | None = None
