@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ecomjax.errors import UserError
@@ -29,6 +29,8 @@ def main(run: Callable[[Any, str], Any], experiments: Sequence[str]) -> None:
     """Runs `run(config, workdir)` on the flags; `experiments` are those it can do."""
 
     def checked(_: Sequence[str]) -> None:
+        # Orbax tells every file it writes; what a run has to tell, it prints.
+        logging.set_verbosity(logging.WARNING)
         with errors_in_one_line():
             config = from_config(CONFIG.value)
             if config.experiment not in experiments:

@@ -89,7 +89,7 @@ def test_a_bad_argument_is_one_line_before_anything_is_installed(clone, script, 
     [
         ([], "quickstart", "runs/quickstart"),
         (["--smoke"], "smoke", "runs/quickstart-smoke"),
-        (["--data", "real data"], "quickstart", "runs/quickstart-data"),
+        (["--data", "real data"], "real", "runs/quickstart-data"),
         (["--smoke", "--data=real data"], "smoke", "runs/quickstart-smoke-data"),
         (["--workdir", "here"], "quickstart", "here"),
         (["--workdir", "/there"], "quickstart", "/there"),
