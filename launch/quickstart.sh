@@ -36,14 +36,14 @@ while (($#)); do
   shift
 done
 
-flags=()
+data_flags=()
 if [[ -n $data ]]; then
   [[ -d $data ]] || fail "no such folder: $data; --data wants <task>/{train,validation,test}.jsonl in it"
   suffix+=-data
   if [[ $variant == quickstart ]]; then variant=real; fi
-  flags+=(--config.data.source=local --config.data.path="$(cd "$data" && pwd)")
+  data_flags+=(--config.data.source=local --config.data.path="$(cd "$data" && pwd)")
 fi
-flags+=(--config="configs/study.py:$variant")
+flags=(--config="configs/study.py:$variant" ${data_flags[@]+"${data_flags[@]}"})
 workdir=${workdir:-$root/runs/quickstart$suffix}
 [[ $workdir == /* ]] || workdir=$PWD/$workdir
 
