@@ -90,8 +90,8 @@ class TinyLlama:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(model, variables, tokens, positions, segments, index):
-    hidden, _ = model.apply(variables, tokens, positions, segments, None, index)
-    return model.apply(variables, hidden, index, method="logits")
+    hidden, _ = model.apply(variables, tokens, positions, segments, adapter_index=index)
+    return model.apply(variables, hidden, adapter_index=index, method="logits")
 
 
 @pytest.fixture(scope="session")

@@ -75,21 +75,21 @@ def attend(
     q = q.reshape(batch, t, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, kv_heads, group * t, width) * jnp.asarray(width**-0.5, q.dtype)
 
-    def product(letters: str, x: Array, y: Array) -> Array:
+    def product(letters: str, x: Array, y: Array, dtype: Any) -> Array:
         if y.shape[0] == 1:
-            return jnp.einsum(letters.replace(",B", ","), x, y[0])
-        return jnp.einsum(letters, x, y)
+            letters, y = letters.replace(",B", ","), y[0]
+        return jnp.einsum(letters, x, y, preferred_element_type=dtype)
 
     scores = []
     for part, mask in parts:
-        score = product("BKTH,BKSH->BKTS", q, part.keys.astype(q.dtype)).astype(jnp.float32)
+        score = product("BKTH,BKSH->BKTS", q, part.keys.astype(q.dtype), jnp.float32)
         score = score.reshape(batch, kv_heads, group, t, -1)
         scores.append(jnp.where(mask[:, None, None], score, jnp.finfo(jnp.float32).min))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
     weights = weights.reshape(batch, kv_heads, group * t, -1)
     ends = [int(n) for n in np.cumsum([part.keys.shape[2] for part, _ in parts])]
     out = sum(
-        product("BKTS,BKSH->BKTH", w, part.values.astype(q.dtype))
+        product("BKTS,BKSH->BKTH", w, part.values.astype(q.dtype), q.dtype)
         for w, (part, _) in zip(jnp.split(weights, ends[:-1], axis=-1), parts, strict=True)
     )
     out = jnp.asarray(out).reshape(batch, kv_heads, group, t, width).transpose(0, 3, 1, 2, 4)

@@ -85,6 +85,37 @@ def test_holds_several_adapters_at_once(tiny, make_adapter, tokens):
         assert_close(mixed[row], tiny.logits(tokens, lora=adapters[i])[row])
 
 
+class Spy(flax.struct.PyTreeNode):
+    """Adds nothing, and tells which key it was given."""
+
+    nothing: Any
+    tell: Any = flax.struct.field(pytree_node=False)
+
+    fixed = ()
+
+    def apply(self, x, kernel, y, index=None, key=None):
+        if key is not None:
+            jax.debug.callback(lambda bits: self.tell(int(bits)), jax.random.bits(key))
+        return y
+
+
+def test_every_kernel_of_every_layer_has_its_own_key(tiny, tokens):
+    seen = []
+    kernels = trees.select(tiny.params, "layers/.*/kernel")
+    adapter = trees.unflatten({path: Spy(jnp.zeros(2), seen.append) for path in kernels})
+    inputs = [
+        jnp.asarray(tokens[:1]),
+        jnp.arange(9, dtype=jnp.int32)[None],
+        jnp.ones((1, 9), jnp.int32),
+    ]
+    for rngs in (None, {"dropout": jax.random.key(0)}):
+        variables = {"params": jax.tree.map(jnp.asarray, tiny.params), "lora": adapter}
+        jax.block_until_ready(tiny.model.apply(variables, *inputs, rngs=rngs))
+        jax.effects_barrier()
+        assert len(seen) == (0 if rngs is None else 2 * 7)
+    assert len(set(seen)) == 2 * 7
+
+
 class Quantized(flax.struct.PyTreeNode):
     """A kernel in int8, a scale by output; an array to whoever reshapes and casts it."""
 

@@ -50,6 +50,9 @@ def test_shared_prefix_stops_before_the_answer():
     assert shared_prefix(same) == 2
     assert shared_prefix(same[:1]) == 2
     assert shared_prefix([]) == 0
+    early = Encoded("c", (1, 9, 3, 4, 5, 6, 7), 6)
+    late = Encoded("d", (1, 2, 3, 4, 5, 6, 7), 6)
+    assert shared_prefix([late, early]) == 1
 
 
 @given(st.lists(st.integers(1, 10), max_size=20))

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from ecomjax.models.attention import attend, empty_cache, make_mask
+from ecomjax.models.attention import KeyValues, attend, empty_cache, make_mask, related
 
 RNG = np.random.default_rng(0)
 
@@ -10,35 +10,45 @@ def normal(*shape):
     return jnp.asarray(RNG.standard_normal(shape, np.float32))
 
 
-def naive_attend(q, k, v, mask):
+def naive_attend(q, parts):
     """One query at a time, head by head; query head n reads key head n // (N / K)."""
-    q, k, v = map(np.asarray, (q, k, v))
     out = np.zeros(q.shape)
-    group = q.shape[2] // k.shape[2]
+    group = q.shape[2] // parts[0][0].keys.shape[1]
     for b, t, n in np.ndindex(q.shape[:3]):
-        scores = k[b, mask[b, t], n // group] @ q[b, t, n] / np.sqrt(q.shape[-1])
-        weights = np.exp(scores - scores.max())
-        out[b, t, n] = weights / weights.sum() @ v[b, mask[b, t], n // group]
+        scores, values = [], []
+        for (keys, vectors), mask in parts:
+            row = b if len(keys) > 1 else 0
+            seen = np.flatnonzero(mask[b, t])
+            query = np.asarray(q[b, t, n], np.float64)
+            scores.extend(np.asarray(keys, np.float64)[row, n // group, seen] @ query)
+            values.extend(np.asarray(vectors, np.float64)[row, n // group, seen])
+        weights = np.exp((np.array(scores) - max(scores)) / np.sqrt(q.shape[-1]))
+        out[b, t, n] = weights / weights.sum() @ np.array(values)
     return out
 
 
-def test_grouped_queries_attend_as_head_by_head():
-    q, k, v = normal(2, 5, 6, 4), normal(2, 7, 2, 4), normal(2, 7, 2, 4)
-    mask = RNG.random((2, 5, 7)) < 0.5
+def part(rows, slots, chance=0.5):
+    """Random keys and values, and a mask under which every query of three rows sees something."""
+    mask = RNG.random((3, 5, slots)) < chance
     mask[:, :, 0] = True
-    out = attend(q, k, v, jnp.asarray(mask))
-    np.testing.assert_allclose(out, naive_attend(q, k, v, mask), atol=1e-5)
+    return KeyValues(normal(rows, 2, slots, 4), normal(rows, 2, slots, 4)), jnp.asarray(mask)
+
+
+def test_grouped_queries_attend_as_head_by_head():
+    """To slots of their own, and to slots that all rows share, in one softmax."""
+    q, own, shared = normal(3, 5, 6, 4), part(3, 7), part(1, 4)
+    for parts in ([own], [shared, own]):
+        np.testing.assert_allclose(attend(q, parts), naive_attend(q, parts), atol=1e-5)
 
 
 def test_scores_and_softmax_are_of_float32():
     """Scores around 40 lie 0.25 apart in bfloat16, which is 28 % of a weight."""
-    q, k = normal(1, 4, 2, 64) + 2, normal(1, 9, 2, 64) + 2
-    inputs = [x.astype(jnp.bfloat16) for x in (q, k, normal(1, 9, 2, 64))]
-    mask = np.ones((1, 4, 9), bool)
-    out = attend(*inputs, jnp.asarray(mask))
+    q, keys = normal(1, 4, 2, 64) + 2, normal(1, 2, 9, 64) + 2
+    q, keys, values = (x.astype(jnp.bfloat16) for x in (q, keys, normal(1, 2, 9, 64)))
+    parts = [(KeyValues(keys, values), jnp.ones((1, 4, 9), bool))]
+    out = attend(q, parts)
     assert out.dtype == jnp.bfloat16
-    exact = naive_attend(*(x.astype(jnp.float32) for x in inputs), mask)
-    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.02)
+    np.testing.assert_allclose(out.astype(jnp.float32), naive_attend(q, parts), atol=0.02)
 
 
 def mask_of(queries, keys, first=0):
@@ -50,7 +60,7 @@ def naive_mask(queries, keys, first):
     for b, t, s in np.ndindex(mask.shape):
         own = first + t
         if queries[b, t] == 0:
-            mask[b, t, s] = s == own or (keys[b, s] == -1 and s <= own)
+            mask[b, t, s] = s == own
         else:
             mask[b, t, s] = s <= own and keys[b, s] in (queries[b, t], -1)
     return mask
@@ -78,8 +88,16 @@ def test_shared_slots_see_the_shared_prefix_alone():
     np.testing.assert_array_equal(mask, [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]])
 
 
+def test_a_prefix_is_seen_by_all_but_padding():
+    queries, keys = jnp.array([[1, 2, 0], [0, -1, 1]]), jnp.array([[-1, -1, 0]])
+    seen = np.asarray(related(queries, keys)).astype(int)
+    nothing, everything = [0, 0, 0], [1, 1, 0]
+    np.testing.assert_array_equal(seen[0], [everything, everything, nothing])
+    np.testing.assert_array_equal(seen[1], [nothing, everything, everything])
+
+
 def test_empty_cache_holds_padding():
     cache = empty_cache(3, 2, 5, 4, 8, jnp.bfloat16)
-    assert cache.keys.shape == cache.values.shape == (3, 2, 5, 4, 8)
+    assert cache.keys.shape == cache.values.shape == (3, 2, 4, 5, 8)
     assert cache.keys.dtype == jnp.bfloat16
     assert not cache.segment_ids.any() and int(cache.length) == 0

@@ -77,9 +77,9 @@ def test_remat_changes_no_number(make_llama, tokens):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def extend(model, params, tokens, positions, segments, cache):
+def extend(model, params, tokens, positions, segments, cache, prefix=None):
     """Logits of the slots, and the cache with them filled."""
-    hidden, cache = model.apply({"params": params}, tokens, positions, segments, cache)
+    hidden, cache = model.apply({"params": params}, tokens, positions, segments, cache, prefix)
     return model.apply({"params": params}, hidden, method="logits"), cache
 
 
@@ -114,6 +114,23 @@ def test_prefill_and_steps_are_the_full_forward(make_llama, tokens):
         fed = np.take_along_axis(tokens, at, axis=1)
         logits, cache = extend(tiny.model, tiny.params, fed, at, np.ones_like(at), cache)
         assert_close(logits[:, 0], np.take_along_axis(expected, at[..., None], axis=1)[:, 0])
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_prefix_stands_before_every_row(make_llama, tokens, scan):
+    """Five tokens filled once, then rows of their own, with and without a cache."""
+    tiny, opened = make_llama(scan=scan), tokens.copy()
+    opened[:, :5] = tokens[0, :5]
+    expected = make_llama().logits(opened)[:, 5:]
+    first = np.arange(7, dtype=np.int32)[None]
+    shared = np.where(first < 5, -1, 0).astype(np.int32)
+    empty = tiny.model.new_cache(1, 7)
+    _, prefix = extend(tiny.model, tiny.params, opened[:1, :7], first, shared, empty)
+    positions = np.broadcast_to(np.arange(5, T, dtype=np.int32), (B, T - 5))
+    rest = (opened[:, 5:], positions, np.ones_like(positions))
+    for cache in (None, tiny.model.new_cache(B, T)):
+        logits, _ = extend(tiny.model, tiny.params, *rest, cache, prefix)
+        assert_close(logits, expected)
 
 
 def test_padding_changes_nothing(make_llama, tokens):

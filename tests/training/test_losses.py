@@ -96,6 +96,14 @@ def test_packing_changes_neither_loss_nor_gradient(run, sequences):
                 assert np.linalg.norm(ours - exact) <= 5e-5 * np.linalg.norm(exact), (path, name)
 
 
+def test_weights_weigh(run, sequences):
+    batch = pack(sequences, "plain")
+    total, weight, _ = run(batch)
+    doubled = run(batch.replace(weights=2 * batch.weights))
+    assert float(doubled[0]) == pytest.approx(2 * float(total), rel=1e-6)
+    assert float(doubled[1]) == 2 * float(weight)
+
+
 def test_dropout_needs_a_key(run, sequences):
     batch = pack(sequences, "plain")
     sure, once, again = run(batch), run(batch, jax.random.key(0)), run(batch, jax.random.key(0))
