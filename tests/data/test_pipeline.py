@@ -13,9 +13,8 @@ ROWS = 2
 @pytest.fixture(scope="module")
 def sequences():
     rng = np.random.default_rng(0)
-    return [
-        Encoded(str(i), tuple(rng.integers(1, 60, n).tolist()), 2) for i, n in enumerate(lengths)
-    ]
+    rows = [tuple(rng.integers(1, 60, n).tolist()) for n in rng.integers(3, 9, 23)]
+    return [Encoded(str(i), row, 2) for i, row in enumerate(rows)]
 
 
 @pytest.fixture(scope="module")

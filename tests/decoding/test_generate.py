@@ -62,7 +62,7 @@ def test_the_common_prefix_changes_nothing(tiny, variables, prompts, naive, end)
 
 
 def test_draws_depend_on_seed_and_place_alone(tiny, variables, prompts):
-    options = GenerateOptions(NEW, 0, 8, temperature=1.0, top_p=0.9)
+    options = GenerateOptions(NEW, 0, 8, temperature=50.0, top_p=0.9)
 
     def draw(chosen=prompts, **changes):
         return generate(tiny.model, variables, chosen, dataclasses.replace(options, **changes))
@@ -71,6 +71,8 @@ def test_draws_depend_on_seed_and_place_alone(tiny, variables, prompts):
         return [result.tokens for result in results]
 
     first = draw()
+    long = [result.tokens for result in first if len(result.tokens) == NEW]
+    assert long and all(len(set(answer)) > 2 for answer in long), "every step draws anew"
     assert tokens(draw()) == tokens(first)
     assert tokens(draw(batch_size=3)) == tokens(first)
     assert tokens(draw(prompts[:3], batch_size=3)) == tokens(first[:3])

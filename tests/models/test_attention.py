@@ -1,5 +1,7 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from ecomjax.models.attention import KeyValues, attend, empty_cache, make_mask, related
 
@@ -39,6 +41,40 @@ def test_grouped_queries_attend_as_head_by_head():
     q, own, shared = normal(3, 5, 6, 4), part(3, 7), part(1, 4)
     for parts in ([own], [shared, own]):
         np.testing.assert_allclose(attend(q, parts), naive_attend(q, parts), atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_are_those_of_the_formula(shared):
+    """By queries, keys and values, those of rows and those that all rows share."""
+    q, direction = normal(3, 5, 6, 4), normal(3, 5, 6, 4)
+    parts = [part(1, 4), part(3, 7)] if shared else [part(3, 7)]
+    masks = [mask for _, mask in parts]
+
+    def formula(q, key_values):
+        """One softmax over all slots, keys and values repeated for every row and query head."""
+
+        def whole(index):
+            arrays = [kv[index] for kv in key_values]
+            rows = [jnp.broadcast_to(x, (3, *x.shape[1:])) for x in arrays]
+            return jnp.repeat(jnp.concatenate(rows, axis=2), 3, axis=1)
+
+        scores = jnp.einsum("BTNH,BNSH->BNTS", q, whole(0)) / 2.0
+        mask = jnp.concatenate(masks, axis=2)[:, None]
+        weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+        return jnp.einsum("BNTS,BNSH->BTNH", weights, whole(1))
+
+    def ours(q, key_values):
+        return attend(q, list(zip(key_values, masks, strict=True)))
+
+    def gradients(function):
+        def total(q, key_values):
+            return (function(q, key_values) * direction).sum()
+
+        return jax.jit(jax.grad(total, argnums=(0, 1)))(q, [kv for kv, _ in parts])
+
+    found, expected = gradients(ours), gradients(formula)
+    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-5)
 
 
 def test_scores_and_softmax_are_of_float32():
