@@ -106,6 +106,17 @@ class AdapterLeaf(Protocol):
         ...
 
 
+def matmul(
+    x: Float[Array, "*B d_in"], matrix: Float[Array, "d_in d_out"]
+) -> Float[Array, "*B d_out"]:
+    """x @ matrix, with the leading axes of x made one.
+
+    The gradient of a product with more axes transposes its operands in memory: on a CPU
+    that took longer than the products of a whole training step.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
+
+
 class LowRank(flax.struct.PyTreeNode):
     """LoRA: y + scale * (x @ a) @ b (Hu et al. 2021, arXiv 2106.09685, equation 3).
 
@@ -128,7 +139,7 @@ class LowRank(flax.struct.PyTreeNode):
             keep = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1.0 - self.dropout), jnp.zeros_like(x))
         if index is None:
-            return y + scale * ((x @ a) @ b)
+            return y + scale * matmul(matmul(x, a), b)
         chosen = jnp.einsum("B...d,Bdr,Bre->B...e", x, a[index], b[index])
         return y + scale[index].reshape(-1, *[1] * (y.ndim - 1)) * chosen
 

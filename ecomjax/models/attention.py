@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ecomjax.models.layers import Linear
@@ -74,26 +73,79 @@ def attend(
     group = heads // kv_heads
     q = q.reshape(batch, t, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, kv_heads, group * t, width) * jnp.asarray(width**-0.5, q.dtype)
+    cast = [(KeyValues(*(x.astype(q.dtype) for x in part)), mask) for part, mask in parts]
+    out = _attend_grouped(q, cast).reshape(batch, kv_heads, group, t, width)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, t, heads, width)
 
-    def product(letters: str, x: Array, y: Array, dtype: Any) -> Array:
-        if y.shape[0] == 1:
-            letters, y = letters.replace(",B", ","), y[0]
-        return jnp.einsum(letters, x, y, preferred_element_type=dtype)
 
-    scores = []
+Parts = list[tuple[KeyValues, Bool[Array, "B T _"]]]
+
+
+@jax.custom_vjp
+def _attend_grouped(q: Float[Array, "B K GT H"], parts: Parts) -> Float[Array, "B K GT H"]:
+    """Attention of grouped and scaled queries.
+
+    Its gradient is written by hand (Dao et al. 2022, arXiv 2205.14135, appendix B.2): the
+    weights are computed again from the log-sum-exp instead of kept, and no product reads
+    them transposed, which XLA on CPU would copy them for.
+    """
+    return _forward(q, parts)[0]
+
+
+def _forward(q, parts):
+    scores = [_scores(q, part.keys, mask) for part, mask in parts]
+    top = jnp.stack([s.max(axis=-1) for s in scores]).max(axis=0)[..., None]
+    weights = [jnp.exp(s - top) for s in scores]
+    total = jnp.stack([w.sum(axis=-1) for w in weights]).sum(axis=0)[..., None]
+    summed = [
+        _product("BKTS,BKSH->BKTH", w.astype(q.dtype), part.values)
+        for w, (part, _) in zip(weights, parts, strict=True)
+    ]
+    out = (jnp.stack(summed).sum(axis=0) / total).astype(q.dtype)
+    return out, (q, parts, out, top + jnp.log(total))
+
+
+def _backward(kept, d_out):
+    q, parts, out, log_total = kept
+    correction = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
+    d_q, d_parts = jnp.zeros(q.shape, jnp.float32), []
     for part, mask in parts:
-        score = product("BKTH,BKSH->BKTS", q, part.keys.astype(q.dtype), jnp.float32)
-        score = score.reshape(batch, kv_heads, group, t, -1)
-        scores.append(jnp.where(mask[:, None, None], score, jnp.finfo(jnp.float32).min))
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
-    weights = weights.reshape(batch, kv_heads, group * t, -1)
-    ends = [int(n) for n in np.cumsum([part.keys.shape[2] for part, _ in parts])]
-    out = sum(
-        product("BKTS,BKSH->BKTH", w, part.values.astype(q.dtype), q.dtype)
-        for w, (part, _) in zip(jnp.split(weights, ends[:-1], axis=-1), parts, strict=True)
-    )
-    out = jnp.asarray(out).reshape(batch, kv_heads, group, t, width).transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, t, heads, width)
+        weights = jnp.exp(_scores(q, part.keys, mask) - log_total)
+        d_weights = _product("BKTH,BKSH->BKTS", d_out, part.values)
+        d_scores = (weights * (d_weights - correction)).astype(q.dtype)
+        d_q += _product("BKTS,BKSH->BKTH", d_scores, part.keys)
+        d_keys, d_values = (
+            _summed_over_queries(x, y, part.keys.shape[0])
+            for x, y in ((q, d_scores), (d_out, weights.astype(q.dtype)))
+        )
+        d_parts.append((KeyValues(d_keys, d_values), None))
+    return d_q.astype(q.dtype), d_parts
+
+
+_attend_grouped.defvjp(_forward, _backward)
+
+
+def _scores(q, keys, mask):
+    """Masked q k^T in float32."""
+    scores = _product("BKTH,BKSH->BKTS", q, keys)
+    grouped = scores.reshape(*scores.shape[:2], -1, *mask.shape[1:])
+    masked = jnp.where(mask[:, None, None], grouped, jnp.finfo(jnp.float32).min)
+    return masked.reshape(scores.shape)
+
+
+def _product(letters: str, x: Array, y: Array) -> Array:
+    """einsum summed in float32, where y may have one row for all rows of x."""
+    if y.shape[0] == 1 < x.shape[0]:
+        letters, y = letters.replace(",B", ","), y[0]
+    return jnp.einsum(letters, x, y, preferred_element_type=jnp.float32)
+
+
+def _summed_over_queries(x: Array, weights: Array, rows: int) -> Array:
+    """x [B,K,T,H] and weights [B,K,T,S] -> [B,K,S,H], summed over B as well for one row."""
+    small = jnp.einsum("BKHT,BKTS->BKHS", x.swapaxes(2, 3), weights)
+    if rows == 1:
+        small = small.sum(axis=0, keepdims=True)
+    return small.swapaxes(2, 3)
 
 
 class Attention(nn.Module):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ecomjax.typing import ParamAxes
+from ecomjax.typing import ParamAxes, matmul
 
 
 class DeclaredAxes(nn.Partitioned[Any]):
@@ -68,7 +68,7 @@ class Linear(nn.Module):
             kernel = self.param("kernel", init, (*d_in, *self.out), self.param_dtype)
         x = x.reshape(*x.shape[: x.ndim - self.inputs], -1).astype(self.dtype)
         matrix = kernel.reshape(x.shape[-1], -1).astype(self.dtype)
-        y = x @ matrix
+        y = matmul(x, matrix)
         if self.has_variable("lora", "kernel"):
             leaf = self.get_variable("lora", "kernel")
             key = self.make_rng("dropout") if self.has_rng("dropout") else None
@@ -94,7 +94,10 @@ class Embed(nn.Module):
         return self.embedding[tokens].astype(self.dtype)
 
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        return x.astype(self.dtype) @ self.embedding.astype(self.dtype).T
+        # The table stands on the left: XLA on CPU would copy it to read it transposed.
+        flat = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        logits = (self.embedding.astype(self.dtype) @ flat.T).T
+        return logits.reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nn.Module):
