@@ -10,7 +10,7 @@ from jaxtyping import Float
 from ecomjax.metrics.ratios import f1, ratio
 
 Entity = tuple[str, int, int]
-"""Type, first token, token after the last."""
+"""Type, first token, last token."""
 
 
 def strict_entities(tags: Sequence[str]) -> set[Entity]:
@@ -18,14 +18,10 @@ def strict_entities(tags: Sequence[str]) -> set[Entity]:
 
     An I- that continues nothing is no entity (seqeval `mode="strict", scheme=IOB2`).
     """
-    found, start = set(), None
-    for place, tag in enumerate([*tags, "O"]):
-        if start is not None and tag != f"I-{tags[start][2:]}":
-            found.add((tags[start][2:], start, place))
-            start = None
-        if tag.startswith("B-"):
-            start = place
-    return found
+    from seqeval.scheme import IOB2, Entities
+
+    found = Entities([list(tags)], IOB2).entities[0]
+    return {(entity.tag, entity.start, entity.end - 1) for entity in found}
 
 
 def lenient_entities(tags: Sequence[str]) -> set[Entity]:
@@ -33,14 +29,9 @@ def lenient_entities(tags: Sequence[str]) -> set[Entity]:
 
     This is seqeval's default mode.
     """
-    found, start = set(), None
-    for place, tag in enumerate([*tags, "O"]):
-        if start is not None and (not tag.startswith("I-") or tag[2:] != tags[start][2:]):
-            found.add((tags[start][2:], start, place))
-            start = None
-        if start is None and tag != "O":
-            start = place
-    return found
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    return set(get_entities(list(tags)))
 
 
 def statistics(

@@ -68,7 +68,7 @@ def test_invalid_output_counts_as_all_o():
 def test_inside_tag_that_continues_nothing_is_lenient_only():
     tags = ["I-color", "I-color", "I-UoM"]
     assert ner.strict_entities(tags) == set()
-    assert ner.lenient_entities(tags) == {("color", 0, 2), ("UoM", 2, 3)}
+    assert ner.lenient_entities(tags) == {("color", 0, 1), ("UoM", 2, 2)}
 
 
 def test_wrong_number_of_tags_is_refused():
