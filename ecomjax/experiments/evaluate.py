@@ -63,6 +63,7 @@ def _fewshot(config: IclConfig, folder: Workdir) -> None:
     task = get_task(config.task.name)
     base = load_base(config.model)
     train = load_examples(task, config.data, "train")
+    folder.record_start(base=base.identity, seed=config.fewshot.seed, data={"train": len(train)})
     shots = sorted(set(config.fewshot.shots))
     shown = fixed_demonstrations(train, shots[-1], config.fewshot.seed)
     variables = {"params": base.params}

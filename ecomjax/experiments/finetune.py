@@ -37,13 +37,16 @@ from ecomjax.training.step import make_loss_pass, make_train_step
 from ecomjax.training.writers import MetricsWriter
 from ecomjax.typing import Adapter, Params
 
+SCORING_ONLY = ("evaluation.split", "evaluation.resamples", "evaluation.batch_size")
+"""Keys of the config that training does not depend on."""
+
 
 def run(config: FinetuneConfig, workdir: str) -> None:
     """Trains an adapter, or goes on where an interrupted run stopped.
 
     The run folder then holds the adapter of the best evaluation in PEFT layout.
     """
-    with Workdir(workdir).writing(config, ignore=("evaluation",)) as folder:
+    with Workdir(workdir).writing(config, ignore=SCORING_ONLY) as folder:
         task = get_task(config.task.name)
         train = load_examples(task, config.data, "train")
         validation = load_examples(task, config.data, "validation")
@@ -51,6 +54,7 @@ def run(config: FinetuneConfig, workdir: str) -> None:
         base = load_base(config.model)
         predictor = make_predictor(base, task, config.task, config.evaluation)
         kept = _encode(predictor, train, config.training, f"{task.name} train")
+        held_out = _encode(predictor, validation, config.training, f"{task.name} validation")
         plan = _plan(kept.sequences, config.training)
         folder.record_start(
             base=base.identity,
@@ -59,6 +63,7 @@ def run(config: FinetuneConfig, workdir: str) -> None:
                 "train": len(kept.sequences),
                 "train_too_long": list(kept.too_long),
                 "validation": len(validation),
+                "validation_too_long": list(held_out.too_long),
                 "validation_inputs_also_in_train": overlap(task, validation, train),
                 "train_sha256": make_source(config.data).fingerprint(task.name, "train"),
             },
@@ -69,7 +74,9 @@ def run(config: FinetuneConfig, workdir: str) -> None:
             f"{len(plan.steps)} steps of {config.training.batch_size} examples in rows of "
             f"{plan.row_length} tokens, {plan.prefix} of them shared"
         )
-        best = _train(config, base, task, predictor, validation, kept.sequences, plan, folder)
+        if held_out.too_long:
+            say(f"{task.name}: validation loss leaves out {len(held_out.too_long)} such examples")
+        best = _train(config, base, task, predictor, validation, kept, held_out, plan, folder)
         write_adapter(folder.adapter, best, base.config, base.identity)
 
 
@@ -100,11 +107,15 @@ def _train(
     task: Task,
     predictor: Predictor,
     validation: Sequence[Example],
-    sequences: Sequence[Encoded],
+    kept: Kept,
+    held_out: Kept,
     plan: Plan,
     folder: Workdir,
 ) -> Adapter:
-    """The adapter of the best evaluation."""
+    """The adapter of the best evaluation.
+
+    Its metrics are of all of `validation`, its loss is of `held_out`, those that fit a row.
+    """
     settings, steps = config.training, len(plan.steps)
     schedule = optim.schedule(
         config.optimizer.schedule, config.optimizer.learning_rate, config.optimizer.warmup, steps
@@ -123,8 +134,8 @@ def _train(
     frozen: dict[str, Params] = {"params": params, "fixed": fixed}
     loss = causal_lm(base.module)
     loss_pass = make_loss_pass(loss)
-    held_out = _encode(predictor, validation, settings, f"{task.name} validation").sequences
-    held_out_steps = StepSource(_plan(held_out, settings, training=False), held_out, settings.rows)
+    held_out_plan = _plan(held_out.sequences, settings, training=False)
+    held_out_steps = StepSource(held_out_plan, held_out.sequences, settings.rows)
 
     def evaluate(trained: Adapter) -> Mapping[str, float]:
         sums = [loss_pass(trained, frozen, held_out_steps[i]) for i in range(len(held_out_steps))]
@@ -154,7 +165,7 @@ def _train(
             new_state(trained, optimizer, dropout_key),
             frozen,
             make_train_step(loss, optimizer, schedule),
-            iterate(plan, sequences, settings.rows),
+            iterate(plan, kept.sequences, settings.rows),
             evaluate,
             checkpoints,
             writer,

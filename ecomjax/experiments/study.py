@@ -51,6 +51,7 @@ class TaskScores:
         task: its name.
         headline: its main metric.
         train_size: training examples.
+        seed: of the tuning.
         shots: {number of demonstrations: validation score of the main metric}.
         validation_size: examples behind those.
         chosen: the number of demonstrations chosen by them.
@@ -63,6 +64,7 @@ class TaskScores:
     task: str
     headline: str
     train_size: int
+    seed: int
     shots: dict[int, Score]
     validation_size: int
     chosen: int
@@ -137,6 +139,7 @@ def _collect(config: StudyConfig, name: str, study: Workdir) -> TaskScores:
         task=name,
         headline=task.headline,
         train_size=len(train),
+        seed=config.finetune[name].training.seed,
         shots={k: Score(**v["metrics"][task.headline]) for k, v in validation.items()},
         validation_size=next(iter(validation.values()))["n"],
         chosen=chosen,
@@ -169,7 +172,7 @@ def _lines(scores: TaskScores) -> list[dict[str, Any]]:
             "system": row.system,
             "task": scores.task,
             "train_size": scores.train_size,
-            "seed": 0,
+            "seed": scores.seed,
             "metric": metric,
             "value": found.value,
             "low": found.low,

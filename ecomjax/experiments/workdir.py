@@ -87,9 +87,16 @@ class Workdir:
             held = _acquire(self.lock)
         except OSError as error:
             raise cannot_write(self.path, error) from error
+        new = not self.config.exists()
         try:
             self._match_config(config, ignore)
             yield self
+        except UserError:
+            # A mistake mended, such as a path, is another config: it may have the same folder.
+            if new and not self._holds_work():
+                self.config.unlink(missing_ok=True)
+                self.run.unlink(missing_ok=True)
+            raise
         finally:
             with contextlib.suppress(OSError):
                 os.truncate(held, 0)
@@ -107,6 +114,11 @@ class Workdir:
         start = {"time": stamp, "command": sys.argv} | machine() | jsonable(facts)
         write_json(self.run, run | {"starts": [*run.get("starts", []), start]})
         return run["run_id"]
+
+    def _holds_work(self) -> bool:
+        """Whether a run has left more here than the marks of its start."""
+        marks = {self.config.name, self.run.name, self.lock.name}
+        return any(path.is_file() and path.name not in marks for path in self.path.rglob("*"))
 
     def _match_config(self, config: Any, ignore: Sequence[str]) -> None:
         if not self.config.exists():

@@ -1,0 +1,140 @@
+"""A base so small that whole experiments run in seconds: a folder to give as model.path."""
+
+import contextlib
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+from configs import finetune, icl, study
+from ecomjax.data.sources import SyntheticSource
+from ecomjax.data.store import Sizes
+from ecomjax.experiments.config import from_config
+from ecomjax.hf.checkpoints import save_pretrained
+from ecomjax.hf.tokenizer import Tokenizer
+from ecomjax.models import registry
+from ecomjax.models.llama import LlamaConfig
+from ecomjax.tasks.registry import TASKS
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
+    "message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CONFIGS = {"finetune": finetune, "icl": icl, "study": study}
+SMALL = {
+    "data.train_size": 24,
+    "data.validation_size": 8,
+    "data.test_size": 12,
+    "adapter.rank": 2,
+    "training.epochs": 2,
+    "training.batch_size": 4,
+    "training.validation_examples": 6,
+    "training.checkpoint_every": 2,
+    "evaluation.max_new_tokens": 8,
+    "evaluation.batch_size": 6,
+    "evaluation.resamples": 50,
+    "fewshot.shots": (0, 2),
+    "fewshot.select_examples": 8,
+}
+"""Six steps an epoch, of which the second and the fourth are checkpoints."""
+
+
+def _train_tokenizer() -> Tokenizer:
+    """A byte-level BPE of 600 tokens, learnt from the prompts of the tasks and a few rows."""
+    tasks = [kind() for kind in TASKS.values()]
+    texts = [task.system for task in tasks]
+    for task in tasks:
+        for example in task.load(SyntheticSource(1, Sizes(train=50)), "train"):
+            texts += [task.user(example), task.answer(example)]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    special = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "pad_token": SPECIAL[2]}
+    return Tokenizer(backend, special, TEMPLATE, "test")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """The folder of a random Llama of 2 layers, 16 wide, with its tokenizer."""
+    tokenizer = _train_tokenizer()
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        width=16,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        head_dim=8,
+        ffn=32,
+        tied_embeddings=True,
+        max_positions=1024,
+    )
+    shapes, _ = registry.describe(registry.build(config))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape, np.float32), shapes)
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    save_pretrained(folder, config, params, tokenizer)
+    return folder
+
+
+def _set(config, path, value):
+    """Sets a dotted path wherever a config, or a section of a study, has it."""
+    section = path.partition(".")[0]
+    nodes = [config, *(s for name in ("finetune", "icl") for s in config.get(name, {}).values())]
+    for node in nodes:
+        if section in node:
+            *parents, key = path.split(".")
+            for parent in parents:
+                node = node[parent]
+            with node.ignore_type():
+                node[key] = value
+
+
+@pytest.fixture(scope="session")
+def make_config(tiny_base):
+    """Function (experiment, argument, dotted changes) -> small config on the tiny base."""
+
+    def make(experiment, argument="esci", changes=()):
+        raw = CONFIGS[experiment].get_config(argument)
+        for path, value in ({"model.path": str(tiny_base)} | SMALL | dict(changes)).items():
+            _set(raw, path, value)
+        return from_config(raw)
+
+    return make
+
+
+@contextlib.contextmanager
+def _as_in_production():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def as_in_production():
+    """Context in which whole experiments run: optax mixes dtypes and ranks."""
+    return _as_in_production
+
+
+def _contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and path.name not in ("run.json", ".lock", "report.md")
+        and "tensorboard" not in path.parts
+    }
+
+
+@pytest.fixture(scope="session")
+def contents():
+    """Function folder -> {file: bytes} of all that must not depend on when it was made."""
+    return _contents

@@ -1,0 +1,233 @@
+import json
+from unittest import mock
+
+import pytest
+
+from ecomjax.data.sources import SyntheticSource
+from ecomjax.data.store import Sizes
+from ecomjax.errors import UserError
+from ecomjax.evaluation.predict import Prediction, Predictor
+from ecomjax.evaluation.run import score, statistics_of_records
+from ecomjax.experiments import evaluate, finetune
+from ecomjax.experiments.assembly import load_examples
+from ecomjax.experiments.files import read_json, read_jsonl
+from ecomjax.tasks.base import Invalid
+from ecomjax.tasks.registry import get_task
+
+TASK = get_task("esci")
+
+
+@pytest.fixture(scope="module")
+def config(make_config):
+    return make_config("finetune", changes={"training.epochs": 1})
+
+
+@pytest.fixture(scope="module")
+def adapted(config, as_in_production, tmp_path_factory):
+    """A trained and scored run; tests must leave it as it is."""
+    folder = tmp_path_factory.mktemp("runs") / "esci"
+    with as_in_production():
+        finetune.run(config, str(folder))
+        evaluate.run(config, str(folder))
+    return folder
+
+
+def no_model(*_, **__):
+    raise AssertionError("the model was asked again")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Puts a stand-in for the model: function (example, demonstrations) -> prediction.
+
+    Returns the list of requests as (examples, demonstrations).
+    """
+    requests = []
+
+    def use(answer):
+        def predict(self, variables, examples, demonstrations=(), on_done=None):
+            requests.append((list(examples), list(demonstrations)))
+            values = [answer(example, demonstrations) for example in examples]
+            return [Prediction(value, str(value)) for value in values]
+
+        monkeypatch.setattr(Predictor, "predict", predict)
+        return requests
+
+    return use
+
+
+def test_an_adapter_is_scored_on_the_split_and_the_records_tell_the_score(config, adapted):
+    result = read_json(adapted / "eval" / "esci" / "test.metrics.json")
+    records = read_jsonl(adapted / "eval" / "esci" / "test.predictions.jsonl")
+    examples = load_examples(TASK, config.data, "test")
+    assert [record["id"] for record in records] == [example.id for example in examples]
+    assert result["n"] == len(examples) == 12
+    for record in records:
+        assert record["prediction"] == max(record["scores"], key=lambda k: record["scores"][k])
+    again = score(TASK, statistics_of_records(TASK, records, examples), 50, 0)
+    for name, found in again.items():
+        told = result["metrics"][name]
+        assert (found.value, found.low, found.high) == (told["value"], told["low"], told["high"])
+
+
+def test_what_is_scored_stays_scored(config, adapted, contents, monkeypatch, capsys):
+    before = contents(adapted)
+    monkeypatch.setattr(Predictor, "predict", no_model)
+    evaluate.run(config, str(adapted))
+    assert contents(adapted) == before
+    assert "esci test: macro_f1" in capsys.readouterr().err
+
+
+def test_it_is_the_adapter_that_is_scored(config, adapted, make_config, tmp_path):
+    """Its label scores differ from the untuned model's on the same prompts."""
+    evaluate.run(make_config("icl", changes={"fewshot.shots": (0,)}), str(tmp_path))
+    tuned, untuned = (
+        {r["id"]: r["scores"]["Exact"] for r in read_jsonl(folder / "eval" / "esci" / name)}
+        for folder, name in (
+            (adapted, "test.predictions.jsonl"),
+            (tmp_path, "test-0-shot.predictions.jsonl"),
+        )
+    )
+    assert tuned.keys() == untuned.keys()
+    assert min(abs(tuned[id] - untuned[id]) for id in tuned) > 1e-3
+
+
+def test_other_settings_do_not_pass_for_the_scores_on_disk(make_config, adapted, contents):
+    before = contents(adapted)
+    other = make_config("finetune", changes={"training.epochs": 1, "evaluation.resamples": 51})
+    with pytest.raises(UserError, match=r"other settings of evaluation.*test\.metrics\.json"):
+        evaluate.run(other, str(adapted))
+    assert contents(adapted) == before
+
+
+def test_another_split_is_scored_beside_it(make_config, adapted, asked, tmp_path):
+    changes = {"training.epochs": 1, "evaluation.split": "validation"}
+    requests = asked(lambda example, shown: example.target)
+    evaluate.run(make_config("finetune", changes=changes), str(adapted))
+    ((examples, shown),) = requests
+    assert not shown and len(examples) == 8
+    place = adapted / "eval" / "esci"
+    assert read_json(place / "validation.metrics.json")["metrics"]["accuracy"]["value"] == 1.0
+    for kind in ("metrics.json", "predictions.jsonl"):
+        (place / f"validation.{kind}").unlink()
+
+
+def test_without_an_adapter_nothing_is_made(config, tmp_path):
+    with pytest.raises(UserError, match=r"no adapter.*launch\.train"):
+        evaluate.run(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_dying_between_the_two_files_leaves_no_scores(config, make_config, asked, tmp_path):
+    """The scores are written last: with them, the predictions are there."""
+    asked(lambda example, shown: example.target)
+    icl = make_config("icl", changes={"fewshot.shots": (0,)})
+    with mock.patch.object(evaluate, "write_json", side_effect=KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.run(icl, str(tmp_path))
+    names = {path.name for path in (tmp_path / "eval" / "esci").iterdir()}
+    assert names == {"validation-0-shot.predictions.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("right", "chosen"),
+    [
+        (lambda shots, split: shots == 2, 2),
+        (lambda shots, split: shots == 0, 0),
+        (lambda shots, split: True, 0),
+        (lambda shots, split: (shots == 2) == (split == "validation"), 2),
+    ],
+    ids=["the most", "none", "the fewest of equals", "whatever is better on test"],
+)
+def test_demonstrations_are_counted_by_validation(
+    make_config, asked, tmp_path, monkeypatch, right, chosen
+):
+    config = make_config("icl", changes={"fewshot.shots": (0, 1, 2)})
+    validation = {e.id for e in load_examples(TASK, config.data, "validation")}
+
+    def answer(example, shown):
+        split = "validation" if example.id in validation else "test"
+        return example.target if right(len(shown), split) else Invalid("?", "not asked for")
+
+    requests = asked(answer)
+    evaluate.run(config, str(tmp_path))
+    shots = read_json(tmp_path / "eval" / "esci" / "shots.json")
+    assert (shots["chosen"], shots["split"], shots["excluded"]) == (chosen, "test", 0)
+    on_test = [len(shown) for found, shown in requests if found[0].id not in validation]
+    assert on_test == sorted({0, chosen})
+    assert [len(shown) for found, shown in requests if found[0].id in validation] == [0, 1, 2]
+
+
+def test_fewer_demonstrations_are_the_first_of_more_and_come_from_train(
+    make_config, asked, tmp_path
+):
+    config = make_config("icl", changes={"fewshot.shots": (3, 1), "data.train_size": 5})
+    requests = asked(lambda example, shown: example.target)
+    evaluate.run(config, str(tmp_path))
+    train = {example.id for example in load_examples(TASK, config.data, "train")}
+    longest = max((shown for _, shown in requests), key=len)
+    assert {example.id for example in longest} <= train and len(longest) == 3
+    for _, shown in requests:
+        assert shown == longest[: len(shown)]
+    names = {path.name for path in (tmp_path / "eval" / "esci").glob("test-*.metrics.json")}
+    assert names == {"test-1-shot.metrics.json"}
+
+
+@pytest.fixture
+def leaky_data(tmp_path):
+    """A folder whose test and validation splits hold rows of train, by text or by id."""
+    rows = {
+        split: [dict(row.values) for row in SyntheticSource(0, Sizes(4, 4, 6)).rows("esci", split)]
+        for split in ("train", "validation", "test")
+    }
+    train = rows["train"]
+    rows["validation"].append(train[0] | {"example_id": 900})
+    rows["test"].append(train[1] | {"example_id": 901, "esci_label": "I"})
+    rows["test"].append(rows["test"][0] | {"example_id": train[2]["example_id"]})
+    folder = tmp_path / "data" / "esci"
+    folder.mkdir(parents=True)
+    for split, values in rows.items():
+        lines = "".join(json.dumps(value) + "\n" for value in values)
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    return folder.parent
+
+
+def test_no_example_is_scored_that_a_demonstration_shows(make_config, asked, leaky_data, tmp_path):
+    local = {"data.source": "local", "data.path": str(leaky_data), "fewshot.shots": (0, 4)}
+    requests = asked(lambda example, shown: example.target)
+    evaluate.run(make_config("icl", changes=local), str(tmp_path / "run"))
+    demonstrations = max((shown for _, shown in requests), key=len)
+    assert len(demonstrations) == 4
+    for examples, _ in requests:
+        assert not {e.id for e in examples} & {e.id for e in demonstrations}
+        assert not {TASK.user(e) for e in examples} & {TASK.user(e) for e in demonstrations}
+    shots = read_json(tmp_path / "run" / "eval" / "esci" / "shots.json")
+    assert shots["excluded"] == 2
+    # Zero-shot is scored on the same examples as the rest.
+    assert sorted({len(examples) for examples, _ in requests}) == [4, 6]
+
+
+def test_invalid_outputs_are_wrong_and_stay_in_the_denominator(make_config, asked, tmp_path):
+    places = {}
+
+    def answer(example, shown):
+        places.setdefault(example.id, len(places))
+        even = places[example.id] % 2 == 0
+        return example.target if even else Invalid("no idea", "no label")
+
+    asked(answer)
+    evaluate.run(make_config("icl", changes={"fewshot.shots": (0,)}), str(tmp_path))
+    found = read_json(tmp_path / "eval" / "esci" / "test-0-shot.metrics.json")
+    assert found["n"] == 12
+    assert found["metrics"]["accuracy"]["value"] == 0.5
+    assert found["metrics"]["invalid_rate"]["value"] == 0.5
+    records = read_jsonl(tmp_path / "eval" / "esci" / "test-0-shot.predictions.jsonl")
+    invalid = [record for record in records if record["invalid"]]
+    assert len(invalid) == 6 and all(record["prediction"] is None for record in invalid)
+
+
+def test_a_few_shot_run_tells_its_base(make_config, asked, tmp_path, tiny_base):
+    asked(lambda example, shown: example.target)
+    evaluate.run(make_config("icl", changes={"fewshot.shots": (0,)}), str(tmp_path))
+    (start,) = read_json(tmp_path / "run.json")["starts"]
+    assert start["base"]["path"] == str(tiny_base) and len(start["base"]["sha256"]) == 64

@@ -1,0 +1,163 @@
+import collections
+
+import numpy as np
+import pytest
+
+from ecomjax import trees
+from ecomjax.errors import UserError
+from ecomjax.experiments import finetune
+from ecomjax.experiments.config import to_dict
+from ecomjax.experiments.files import read_json, read_jsonl
+from ecomjax.hf.checkpoints import load_pretrained
+from ecomjax.hf.files import sha256_of
+from ecomjax.hf.peft import read_adapter
+from ecomjax.training.checkpoint import Checkpoints
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def config(make_config):
+    return make_config("finetune", changes={"training.select": "loss"})
+
+
+@pytest.fixture(scope="module")
+def train(as_in_production):
+    """Function (config, folder): trains there, as the command does."""
+
+    def run(config, folder):
+        with as_in_production():
+            finetune.run(config, str(folder))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(config, train, tmp_path_factory):
+    """A finished run; tests must leave it as it is."""
+    folder = tmp_path_factory.mktemp("runs") / "esci"
+    train(config, folder)
+    return folder
+
+
+def test_the_run_folder_says_what_was_run(config, trained, tiny_base):
+    assert read_json(trained / "config.json") == to_dict(config)
+    (start, *_) = read_json(trained / "run.json")["starts"]
+    assert start["base"]["sha256"] == sha256_of([tiny_base / "model.safetensors"])
+    assert (start["base"]["source"], start["base"]["path"]) == ("local", str(tiny_base))
+    assert start["data"] == start["data"] | {"train": 24, "validation": 6, "train_too_long": []}
+    assert any((trained / "tensorboard").iterdir())
+
+
+def test_every_step_is_told_once_and_every_epoch_evaluated(trained):
+    lines = read_jsonl(trained / "metrics.jsonl")
+    steps = [line["step"] for line in lines if "train/loss" in line]
+    evaluated = [line for line in lines if "validation/loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+    assert [line["step"] for line in evaluated] == [6, 12]
+    assert evaluated[1]["validation/loss"] < evaluated[0]["validation/loss"]
+    assert {"validation/macro_f1", "validation/invalid_rate"} <= set(evaluated[0])
+    assert Checkpoints(trained / "checkpoints").steps() == [10, 12]
+
+
+def test_the_adapter_is_the_best_one_and_reads_back(trained, tiny_base):
+    base = load_pretrained("x", str(tiny_base))
+    adapter = trees.flatten(read_adapter(trained / "adapter", base.config, base.identity))
+    names = collections.Counter(path.rpartition("/kernel")[0] for path in adapter)
+    assert len(names) == 7 and "layers/mlp/gate" in names
+    for path, leaf in adapter.items():
+        assert leaf.a.shape[-1] == 2 and np.abs(np.asarray(leaf.b)).max() > 0, path
+    lines = read_jsonl(trained / "metrics.jsonl")
+    losses = {x["step"]: x["validation/loss"] for x in lines if "validation/loss" in x}
+    assert Checkpoints(trained / "checkpoints").best() == min(losses, key=lambda s: losses[s])
+
+
+def test_a_finished_run_stays_as_it_is(config, train, trained, contents, monkeypatch):
+    before, starts = contents(trained), len(read_json(trained / "run.json")["starts"])
+
+    def refuse(*_, **__):
+        raise AssertionError("a checkpoint was written")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", refuse)
+        patch.setattr(Checkpoints, "save_best", refuse)
+        train(config, trained)
+    assert contents(trained) == before
+    assert len(read_json(trained / "run.json")["starts"]) == starts + 1
+
+
+class Killed(BaseException):
+    """No handler of ours may catch it."""
+
+
+@pytest.mark.parametrize("calls", [2, 6, 10])
+def test_an_interrupted_run_ends_like_one_that_was_not(
+    config, train, trained, contents, tmp_path, monkeypatch, calls
+):
+    """Dies before the first checkpoint, after an evaluation, and in the second epoch."""
+    make_train_step = finetune.make_train_step
+
+    def make(*arguments):
+        step, left = make_train_step(*arguments), calls
+
+        def dying(*arguments):
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            return step(*arguments)
+
+        return dying
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "make_train_step", make)
+        with pytest.raises(Killed):
+            train(config, tmp_path)
+    assert not (tmp_path / "adapter").exists()
+    train(config, tmp_path)
+    found, expected = contents(tmp_path), contents(trained)
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "config.json"):
+        assert found[name] == expected[name], name
+
+
+def test_only_what_training_does_not_depend_on_may_change(make_config, train, trained):
+    shared = {"training.select": "loss"}
+    train(make_config("finetune", changes=shared | {"evaluation.split": "validation"}), trained)
+    with pytest.raises(UserError, match=r"config\.evaluation\.temperature 0\.0 -> 1\.0"):
+        train(make_config("finetune", changes=shared | {"evaluation.temperature": 1.0}), trained)
+
+
+def test_another_config_is_refused_and_nothing_changes(make_config, train, trained, contents):
+    before = contents(trained)
+    changes = {"training.select": "loss", "adapter.rank": 3, "data.train_size": 20}
+    with pytest.raises(UserError) as caught:
+        train(make_config("finetune", changes=changes), trained)
+    assert "config.adapter.rank 2 -> 3" in str(caught.value)
+    assert "config.data.train_size 24 -> 20" in str(caught.value)
+    assert contents(trained) == before
+
+
+def test_packing_does_not_change_what_is_learnt(make_config, train, trained, tmp_path):
+    changes = {"training.select": "loss", "training.packing": "pad"}
+    train(make_config("finetune", changes=changes), tmp_path)
+    ours, theirs = (read_jsonl(folder / "metrics.jsonl") for folder in (tmp_path, trained))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["step"] == other["step"]
+        for key in one.keys() & {"train/loss", "validation/loss", "train/target_tokens"}:
+            assert one[key] == pytest.approx(other[key], rel=1e-4), (one["step"], key)
+
+
+def test_examples_longer_than_the_window_are_dropped_and_counted(
+    make_config, train, tmp_path, capsys
+):
+    changes = {"training.row_length": 247, "training.epochs": 1}
+    train(make_config("finetune", changes=changes), tmp_path)
+    data = read_json(tmp_path / "run.json")["starts"][0]["data"]
+    dropped, unseen = len(data["train_too_long"]), len(data["validation_too_long"])
+    assert 0 < dropped < 24 and data["train"] == 24 - dropped
+    assert 0 < unseen < 6 and data["validation"] == 6
+    told = capsys.readouterr().err
+    assert f"({dropped} longer than 247 tokens dropped)" in told
+    assert f"validation loss leaves out {unseen} such examples" in told
+    steps = [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")]
+    assert max(steps) == -(-data["train"] // 4)
