@@ -9,12 +9,12 @@ RNG = np.random.default_rng(0)
 
 
 def normal(*shape):
-    return RNG.standard_normal(shape, np.float32)
+    return jnp.asarray(RNG.standard_normal(shape, np.float32))
 
 
 @pytest.fixture
 def leaf():
-    return LowRank(a=normal(5, 3), b=normal(3, 4), scale=np.float32(0.7), dropout=0.5)
+    return LowRank(a=normal(5, 3), b=normal(3, 4), scale=jnp.float32(0.7), dropout=0.5)
 
 
 def test_low_rank_adds_its_scaled_product(leaf):
@@ -25,13 +25,12 @@ def test_low_rank_adds_its_scaled_product(leaf):
 
 def test_low_rank_computes_in_the_dtype_of_its_input(leaf):
     x, y = jnp.ones((2, 1, 5), jnp.bfloat16), jnp.ones((2, 1, 4), jnp.bfloat16)
-    assert jax.tree.map(jnp.asarray, leaf).apply(x, None, y).dtype == jnp.bfloat16
+    assert leaf.apply(x, None, y).dtype == jnp.bfloat16
 
 
 def test_low_rank_of_each_row():
     """With several adapters along the leading axis, the index says which one a row uses."""
     many = LowRank(a=normal(3, 5, 2), b=normal(3, 2, 4), scale=normal(3))
-    many = jax.tree.map(jnp.asarray, many)
     x, y, index = normal(4, 6, 5), normal(4, 6, 4), jnp.array([2, 0, 0, 1])
     together = many.apply(x, None, y, index)
     for row, i in enumerate(index.tolist()):
@@ -42,11 +41,11 @@ def test_low_rank_of_each_row():
 
 def test_delta_has_the_shape_of_the_kernel_and_float32():
     """Factors are stacked over layers; the kernel's head axes are flattened in them."""
-    leaf = LowRank(a=normal(2, 5, 3), b=normal(2, 3, 8), scale=np.float32([0.5, 2.0]))
+    leaf = LowRank(a=normal(2, 5, 3), b=normal(2, 3, 8), scale=jnp.array([0.5, 2.0]))
     kernel = jnp.zeros((2, 5, 4, 2), jnp.bfloat16)
     delta = leaf.delta(kernel)
     assert delta.dtype == jnp.float32
-    expected = np.stack([0.5 * leaf.a[0] @ leaf.b[0], 2.0 * leaf.a[1] @ leaf.b[1]])
+    expected = jnp.stack([0.5 * leaf.a[0] @ leaf.b[0], 2.0 * leaf.a[1] @ leaf.b[1]])
     np.testing.assert_allclose(delta, expected.reshape(kernel.shape), rtol=1e-5, atol=1e-5)
 
 
