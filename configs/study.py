@@ -39,6 +39,6 @@ def get_config(arg: str = "") -> ConfigDict:
         for task, section in sections.items():
             section.model, section.data = config.model, config.data
             if name == "finetune" and not smoke:
-                section.training.epochs = EPOCHS[task]
+                section.update({"training": {"epochs": EPOCHS[task]}})
         config[name] = ConfigDict(sections)
     return config
