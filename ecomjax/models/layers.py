@@ -67,7 +67,7 @@ class Linear(nn.Module):
             init = declare(init, self.axes, self.inputs)
             kernel = self.param("kernel", init, (*d_in, *self.out), self.param_dtype)
         x = x.reshape(*x.shape[: x.ndim - self.inputs], -1).astype(self.dtype)
-        matrix = kernel.reshape(x.shape[-1], -1).astype(self.dtype)
+        matrix = jnp.asarray(kernel.reshape(x.shape[-1], -1).astype(self.dtype))
         y = matmul(x, matrix)
         if self.has_variable("lora", "kernel"):
             leaf = self.get_variable("lora", "kernel")
