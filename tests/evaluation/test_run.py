@@ -1,0 +1,68 @@
+import json
+
+import numpy as np
+import pytest
+
+from ecomjax.data.sources import SyntheticSource
+from ecomjax.data.store import Sizes
+from ecomjax.evaluation.predict import Prediction
+from ecomjax.evaluation.run import score, statistics_of_records, to_record
+from ecomjax.experiments.files import jsonable
+from ecomjax.tasks.base import Invalid
+from ecomjax.tasks.esci import Esci
+from ecomjax.tasks.queryner import QueryNer
+
+TASKS = pytest.mark.parametrize("task", [Esci(), QueryNer()], ids=lambda task: task.name)
+
+
+def answered(task):
+    """Twelve examples; a third answered right, a third with another's answer, a third invalid."""
+    examples = task.load(SyntheticSource(0, Sizes(1, 1, 12)), "test")
+    predictions = []
+    for i, example in enumerate(examples):
+        text = [task.answer(example), task.answer(examples[i - 1]), "(shoe, B-color), so there"]
+        if i % 3 == 1 and task.name == "queryner":
+            text[1] = task.answer(example).replace("B-", "I-")
+        predictions.append(Prediction(task.parse(text[i % 3], example), text[i % 3], {"x": -0.5}))
+    kinds = [isinstance(prediction.value, Invalid) for prediction in predictions]
+    assert any(kinds) and not all(kinds)
+    return examples, predictions
+
+
+@TASKS
+def test_predictions_read_from_disk_score_as_they_did(task):
+    examples, predictions = answered(task)
+    direct = task.statistics([prediction.value for prediction in predictions], examples)
+    records = [to_record(e, p) for e, p in zip(examples, predictions, strict=True)]
+    read = [json.loads(json.dumps(jsonable(record))) for record in records]
+    np.testing.assert_array_equal(statistics_of_records(task, read, examples), direct)
+    for record, example, prediction in zip(read, examples, predictions, strict=True):
+        assert (record["id"], record["text"]) == (example.id, prediction.text)
+        assert (record["prediction"] is None) is (record["invalid"] is not None)
+        assert record["scores"] == {"x": -0.5}
+
+
+@TASKS
+def test_scores_are_the_metrics_of_the_task_in_their_intervals(task):
+    examples, predictions = answered(task)
+    values = [prediction.value for prediction in predictions]
+    found = score(task, task.statistics(values, examples), 200, 0)
+    metrics = task.metrics(values, examples)
+    assert found.keys() == metrics.keys()
+    for name, one in found.items():
+        assert one.value == metrics[name]
+        assert one.low <= one.high
+    main = found[task.headline]
+    assert 0 < main.low < main.value < main.high < 1
+
+
+@TASKS
+def test_invalid_outputs_are_wrong_not_left_out(task):
+    """An invalid output scores no better than leaving the example's entities or label untold."""
+    examples, _ = answered(task)
+    right = [example.target for example in examples]
+    found = task.metrics([Invalid("?", "no tuple"), *right[1:]], examples)
+    assert found["invalid_rate"] == pytest.approx(1 / 12)
+    assert found[task.headline] < task.metrics(right[1:], examples[1:])[task.headline]
+    everything = task.metrics([Invalid("?", "no tuple")] * 12, examples)
+    assert everything["invalid_rate"] == 1.0 and everything[task.headline] == 0.0
