@@ -1,0 +1,162 @@
+import zlib
+
+import jax
+import numpy as np
+import pytest
+
+from ecomjax.data.sources import SyntheticSource
+from ecomjax.data.store import Sizes
+from ecomjax.errors import UserError
+from ecomjax.evaluation.predict import Predictor
+from ecomjax.tasks.base import Invalid
+from ecomjax.tasks.esci import LABELS, Esci
+from ecomjax.tasks.queryner import QueryNer
+
+END = 2
+
+
+class Words:
+    """A tokenizer of 61 ids, one for each word by its hash; it decodes to what it is told."""
+
+    eos_id = END
+
+    def __init__(self, said=""):
+        self.said = said
+
+    def encode(self, text):
+        return [zlib.crc32(word.encode()) % 58 + 3 for word in text.split()]
+
+    def decode(self, ids):
+        assert END not in list(ids)
+        return self.said
+
+    def chat(self, messages):
+        return " ".join(f"<{m['role']}> {m['content']}" for m in messages) + " <assistant>"
+
+
+@pytest.fixture(scope="module")
+def tiny(make_llama):
+    return make_llama(layers=2)
+
+
+@pytest.fixture(scope="module")
+def variables(tiny):
+    return {"params": jax.tree.map(jax.numpy.asarray, tiny.params)}
+
+
+@pytest.fixture
+def make(tiny):
+    """Function (task, changes) -> predictor."""
+
+    def make(task, said="", **changes):
+        given = {
+            "model": tiny.model,
+            "tokenizer": Words(said),
+            "task": task,
+            "prompt_format": "chat",
+            "method": "auto",
+            "batch_size": 4,
+            "window": 1024,
+            "max_new_tokens": 5,
+        }
+        return Predictor(**given | changes)
+
+    return make
+
+
+def examples_of(task, size=6):
+    return task.load(SyntheticSource(0, Sizes(3, 3, size)), "test")
+
+
+@pytest.mark.parametrize("task", [Esci(), QueryNer()], ids=lambda task: task.name)
+@pytest.mark.parametrize("prompt_format", ["chat", "alpaca"])
+def test_training_sees_the_prompt_of_evaluation_then_the_answer_and_its_end(
+    make, task, prompt_format
+):
+    predictor = make(task, prompt_format=prompt_format)
+    for example in examples_of(task):
+        encoded, prompt = predictor.encode(example), predictor.prompt(example)
+        assert encoded.id == example.id
+        assert encoded.tokens[: encoded.prompt] == prompt
+        answer = tuple(predictor.tokenizer.encode(task.answer(example)))
+        assert encoded.tokens[encoded.prompt :] == (*answer, END)
+
+
+def test_demonstrations_stand_before_the_question_in_their_order(make):
+    task = Esci()
+    examples = examples_of(task)
+    shown = examples[:2]
+    prompt = make(task).prompt(examples[2], shown)
+    expected = " ".join(
+        [
+            f"<system> {task.system}",
+            *(f"<user> {task.user(e)} <assistant> {task.answer(e)}" for e in shown),
+            f"<user> {task.user(examples[2])} <assistant>",
+        ]
+    )
+    assert prompt == tuple(Words().encode(expected))
+
+
+def test_a_label_is_chosen_by_its_likelihood(make, variables, tiny):
+    """The scores are those of one full forward for each label."""
+    task, examples = Esci(), examples_of(Esci(), 3)
+    predictor = make(task)
+    done = []
+    for example, found in zip(
+        examples, predictor.predict(variables, examples, on_done=done.append), strict=True
+    ):
+        assert tuple(found.scores) == LABELS
+        assert found.value == found.text == max(LABELS, key=lambda label: found.scores[label])
+        prompt = predictor.prompt(example)
+        for label in LABELS:
+            answer = predictor.answer(label)
+            tokens = np.array([[*prompt, *answer]], np.int32)
+            logits = tiny.logits(tokens)[0, len(prompt) - 1 : -1].astype(np.float64)
+            log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            expected = log_p[np.arange(len(answer)), list(answer)].sum()
+            assert found.scores[label] == pytest.approx(expected, rel=1e-5)
+    assert sum(done) == 3
+
+
+@pytest.mark.parametrize("method", ["likelihood", "generate"])
+def test_answers_do_not_depend_on_order_or_batch(make, variables, method):
+    task, examples = Esci(), examples_of(Esci())
+    shown = task.load(SyntheticSource(0, Sizes(3, 3, 6)), "train")[:1]
+
+    def ask(order, batch_size):
+        predictor = make(task, "exact", method=method, batch_size=batch_size)
+        predictor.tokenizer.decode = lambda ids: f"exact {list(ids)}"
+        found = predictor.predict(variables, order, shown)
+        return {e.id: (p.value, p.text, p.scores) for e, p in zip(order, found, strict=True)}
+
+    one, other = ask(examples, 4), ask(examples[::-1], 1)
+    for id, (value, text, scores) in one.items():
+        assert other[id][:2] == (value, text)
+        assert other[id][2] == pytest.approx(scores, rel=1e-5)
+
+
+def test_auto_writes_where_there_are_no_labels_and_reads_what_was_written(make, variables):
+    task, examples = QueryNer(), examples_of(QueryNer(), 2)
+    said = task.answer(examples[0])
+    right, other = make(task, said).predict(variables, examples)
+    assert right.value == examples[0].target and right.text == said and right.scores == {}
+    if len(examples[0].target) != len(examples[1].target):
+        assert isinstance(other.value, Invalid)
+    invalid, _ = make(task, "no idea").predict(variables, examples)
+    assert isinstance(invalid.value, Invalid) and invalid.value.text == "no idea"
+
+
+def test_labels_can_be_written_too(make, variables):
+    examples = examples_of(Esci(), 2)
+    found = make(Esci(), "Substitute, I think", method="generate").predict(variables, examples)
+    assert [p.value for p in found] == ["Substitute"] * 2
+
+
+def test_there_is_no_likelihood_of_labels_that_are_none(make, variables):
+    with pytest.raises(UserError, match=r"queryner has no closed set.*config\.evaluation\.method"):
+        make(QueryNer(), method="likelihood").predict(variables, examples_of(QueryNer(), 1))
+
+
+def test_a_prompt_too_long_for_the_window_is_told_not_cut(make, variables):
+    with pytest.raises(UserError, match="window of 40"):
+        make(Esci(), window=40).predict(variables, examples_of(Esci(), 1))
