@@ -1,7 +1,7 @@
 """Few-shot prompting against one adapter per task: `--config=configs/study.py:quickstart`.
 
-The argument says how much: `smoke` shows that everything works, `quickstart` takes a quarter
-of an hour on two CPU cores with the synthetic shop, `real` an hour with 1,500 training rows a
+The argument says how much: `smoke` shows that everything works, `quickstart` is a little of
+everything with the synthetic shop, `real` an hour with 1,500 training rows a
 task of `--config.data.source=local --config.data.path=DIR` and the whole test files there.
 
 The experiments hold the study's own sections `model` and `data`, so that an override such as
@@ -14,7 +14,7 @@ from configs import common, finetune, icl, models
 
 SIZES = {
     "smoke": {"train": 32, "validation": 8, "test": 16},
-    "quickstart": {"train": 256, "validation": 64, "test": 96},
+    "quickstart": {"train": 192, "validation": 32, "test": 64},
     "real": {"train": 1500, "validation": 0, "test": 0},
 }
 """Rows of each split; 0 is all."""
