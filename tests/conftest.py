@@ -135,3 +135,11 @@ def make_llama():
         return TinyLlama(config, registry.build(config), params, axes)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation(request):
+    """Compiling takes longer than running, except in slow tests: optimization would not pay."""
+    jax.config.update("jax_disable_most_optimizations", "slow" not in request.keywords)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
