@@ -29,10 +29,11 @@ def naive_attend(q, parts):
     return out
 
 
-def part(rows, slots, chance=0.5):
-    """Random keys and values, and a mask under which every query of three rows sees something."""
-    mask = RNG.random((3, 5, slots)) < chance
+def part(rows, slots):
+    """Random keys and values, and a mask for three rows, of which the first sees nothing shared."""
+    mask = RNG.random((3, 5, slots)) < 0.5
     mask[:, :, 0] = True
+    mask[0] &= rows > 1
     return KeyValues(normal(rows, 2, slots, 4), normal(rows, 2, slots, 4)), jnp.asarray(mask)
 
 
