@@ -137,9 +137,13 @@ def make_llama():
     return make
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request):
-    """Compiling takes longer than running, except in slow tests: optimization would not pay."""
-    jax.config.update("jax_disable_most_optimizations", "slow" not in request.keywords)
+    """Compiling takes longer than running, except in slow tests: optimization would not pay.
+
+    Set for a whole module, fixtures included: what they made is compared bit for bit.
+    """
+    slow = request.node.get_closest_marker("slow") is not None
+    jax.config.update("jax_disable_most_optimizations", not slow)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
