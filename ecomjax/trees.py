@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 STACKED = "layers"
-_UNSTACKED = re.compile(r"layer_(\d+)")
+_UNSTACKED = re.compile(r"layers_(\d+)")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -62,20 +62,29 @@ def bytes_of(tree: Any) -> int:
 
 
 def stack_layers(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """{"layer_0": t0, "layer_1": t1, ...} -> {"layers": t}, leaves stacked along a new axis 0."""
-    layers = {int(m[1]): tree[k] for k in tree if (m := _UNSTACKED.fullmatch(k))}
-    rest = {k: v for k, v in tree.items() if not _UNSTACKED.fullmatch(k)}
-    if not layers:
-        return rest
-    ordered = [layers[i] for i in range(len(layers))]
-    return rest | {STACKED: jax.tree.map(lambda *xs: jax.numpy.stack(xs), *ordered)}
+    """{"layers_0": t0, "layers_1": t1, ...} -> {"layers": t}, leaves stacked along a new axis 0.
+
+    At any depth, so that an encoder and a decoder each have their own.
+    """
+    stacked: dict[str, Any] = {}
+    for key, value in tree.items():
+        if _UNSTACKED.fullmatch(key):
+            stacked.setdefault(STACKED, {})[int(key.rpartition("_")[2])] = value
+        else:
+            stacked[key] = stack_layers(value) if isinstance(value, Mapping) else value
+    if layers := stacked.get(STACKED):
+        ordered = [layers[i] for i in range(len(layers))]
+        stacked[STACKED] = jax.tree.map(lambda *xs: jax.numpy.stack(xs), *ordered)
+    return stacked
 
 
 def unstack_layers(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `stack_layers`."""
-    rest = {k: v for k, v in tree.items() if k != STACKED}
-    if STACKED not in tree:
-        return rest
-    depth = jax.tree.leaves(tree[STACKED])[0].shape[0]
-    layers = {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], tree[STACKED]) for i in range(depth)}
-    return rest | layers
+    unstacked: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key != STACKED:
+            unstacked[key] = unstack_layers(value) if isinstance(value, Mapping) else value
+            continue
+        for i in range(jax.tree.leaves(value)[0].shape[0]):
+            unstacked[f"{STACKED}_{i}"] = jax.tree.map(lambda x, i=i: x[i], value)
+    return unstacked

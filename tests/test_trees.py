@@ -62,7 +62,7 @@ def test_sizes_of_arrays_and_of_shapes():
 
 def test_layers_stack_by_number():
     """Layer 10 comes after layer 9, not after layer 1; the rest of the tree stays."""
-    tree = {f"layer_{i}": {"q": {"kernel": np.float32([i, i])}} for i in reversed(range(12))}
+    tree = {f"layers_{i}": {"q": {"kernel": np.float32([i, i])}} for i in reversed(range(12))}
     tree |= {"embed": {"embedding": np.ones(3)}, "layer_norm": {"scale": np.ones(2)}}
     stacked = trees.stack_layers(tree)
     assert set(stacked) == {"layers", "embed", "layer_norm"}
@@ -73,7 +73,7 @@ def test_layers_stack_by_number():
 
 
 def test_layers_of_structs_stack_field_by_field():
-    stacked = trees.stack_layers({f"layer_{i}": {"kernel": low_rank()} for i in range(2)})
+    stacked = trees.stack_layers({f"layers_{i}": {"kernel": low_rank()} for i in range(2)})
     assert stacked["layers"]["kernel"].a.shape == (2, 4, 2)
     assert stacked["layers"]["kernel"].scale.shape == (2,)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -56,9 +57,14 @@ def related(
 
 
 def attend(
-    q: Float[Array, "B T N H"], parts: Sequence[tuple[KeyValues, Bool[Array, "B T _"]]]
+    q: Float[Array, "B T N H"],
+    parts: Sequence[tuple[KeyValues, Bool[Array, "B T _"]]],
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    bias: Float[Array, "B N T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k^T / sqrt(H)) v over the slots of all parts together, the softmax in float32.
+    """softmax(scale q k^T + bias) v over the slots of all parts together, in float32.
 
     The N/K query heads of a key head are laid side by side, so that each product is one
     batched matrix product over B and K, and over K alone where all rows share the keys;
@@ -67,33 +73,45 @@ def attend(
     Args:
         q: queries.
         parts: keys and values with their masks [B, T, S]; S may differ between parts.
+        scale: of the scores, 1/sqrt(H) unless given.
+        softcap: c > 0 turns a score x into c tanh(x / c) (Gemma 2, arXiv 2408.00118).
+        bias: added to the scores of the last part, as relative positions are.
     """
     batch, t, heads, width = q.shape
     kv_heads = parts[0][0].keys.shape[1]
     group = heads // kv_heads
+    scale = width**-0.5 if scale is None else scale
     q = q.reshape(batch, t, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(batch, kv_heads, group * t, width) * jnp.asarray(width**-0.5, q.dtype)
+    q = q.reshape(batch, kv_heads, group * t, width) * jnp.asarray(scale, q.dtype)
     cast = [(KeyValues(*(x.astype(q.dtype) for x in part)), mask) for part, mask in parts]
-    out = _attend_grouped(q, cast).reshape(batch, kv_heads, group, t, width)
+    if bias is not None:
+        bias = bias.astype(jnp.float32).reshape(-1, kv_heads, group * t, bias.shape[-1])
+    out = _attend_grouped(q, cast, bias, softcap).reshape(batch, kv_heads, group, t, width)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, t, heads, width)
 
 
 Parts = list[tuple[KeyValues, Bool[Array, "B T _"]]]
 
 
-@jax.custom_vjp
-def _attend_grouped(q: Float[Array, "B K GT H"], parts: Parts) -> Float[Array, "B K GT H"]:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend_grouped(
+    q: Float[Array, "B K GT H"], parts: Parts, bias: Float[Array, "#B K GT S"] | None, cap: float
+) -> Float[Array, "B K GT H"]:
     """Attention of grouped and scaled queries.
 
     Its gradient is written by hand (Dao et al. 2022, arXiv 2205.14135, appendix B.2): the
     weights are computed again from the log-sum-exp instead of kept, and no product reads
     them transposed, which XLA on CPU would copy them for.
     """
-    return _forward(q, parts)[0]
+    return _forward(q, parts, bias, cap)[0]
 
 
-def _forward(q, parts):
-    scores = [_scores(q, part.keys, mask) for part, mask in parts]
+def _forward(q, parts, bias, cap):
+    biases = [*[None] * (len(parts) - 1), bias]
+    scores = [
+        _scores(q, part.keys, mask, own, cap)
+        for (part, mask), own in zip(parts, biases, strict=True)
+    ]
     top = jnp.stack([s.max(axis=-1) for s in scores]).max(axis=0)[..., None]
     weights = [jnp.exp(s - top) for s in scores]
     total = jnp.stack([w.sum(axis=-1) for w in weights]).sum(axis=0)[..., None]
@@ -102,32 +120,44 @@ def _forward(q, parts):
         for w, (part, _) in zip(weights, parts, strict=True)
     ]
     out = (jnp.stack(summed).sum(axis=0) / total).astype(q.dtype)
-    return out, (q, parts, out, top + jnp.log(total))
+    return out, (q, parts, bias, out, top + jnp.log(total))
 
 
-def _backward(kept, d_out):
-    q, parts, out, log_total = kept
+def _backward(cap, kept, d_out):
+    q, parts, bias, out, log_total = kept
+    biases = [*[None] * (len(parts) - 1), bias]
     correction = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
-    d_q, d_parts = jnp.zeros(q.shape, jnp.float32), []
-    for part, mask in parts:
-        weights = jnp.exp(_scores(q, part.keys, mask) - log_total)
+    d_q, d_parts, d_bias = jnp.zeros(q.shape, jnp.float32), [], None
+    for (part, mask), own in zip(parts, biases, strict=True):
+        scores = _scores(q, part.keys, mask, own, cap)
+        weights = jnp.exp(scores - log_total)
         d_weights = _product("BKTH,BKSH->BKTS", d_out, part.values)
-        d_scores = (weights * (d_weights - correction)).astype(q.dtype)
+        d_scores = weights * (d_weights - correction)
+        if cap:
+            # Masked scores are no values of tanh, and have no weight.
+            d_scores *= 1.0 - jnp.square(jnp.where(weights > 0.0, scores, 0.0) / cap)
+        if own is not None:
+            d_bias = d_scores if own.shape[0] > 1 else d_scores.sum(axis=0, keepdims=True)
+        d_scores = d_scores.astype(q.dtype)
         d_q += _product("BKTS,BKSH->BKTH", d_scores, part.keys)
         d_keys, d_values = (
             _summed_over_queries(x, y, part.keys.shape[0])
             for x, y in ((q, d_scores), (d_out, weights.astype(q.dtype)))
         )
         d_parts.append((KeyValues(d_keys, d_values), None))
-    return d_q.astype(q.dtype), d_parts
+    return d_q.astype(q.dtype), d_parts, d_bias
 
 
 _attend_grouped.defvjp(_forward, _backward)
 
 
-def _scores(q, keys, mask):
-    """Masked q k^T in float32."""
+def _scores(q, keys, mask, bias, cap):
+    """Masked q k^T + bias in float32."""
     scores = _product("BKTH,BKSH->BKTS", q, keys)
+    if bias is not None:
+        scores = scores + bias
+    if cap:
+        scores = cap * jnp.tanh(scores / cap)
     grouped = scores.reshape(*scores.shape[:2], -1, *mask.shape[1:])
     masked = jnp.where(mask[:, None, None], grouped, jnp.finfo(jnp.float32).min)
     return masked.reshape(scores.shape)
@@ -155,14 +185,41 @@ def _summed_over_queries(x: Array, weights: Array, rows: int) -> Array:
     return small.swapaxes(2, 3)
 
 
+class View(NamedTuple):
+    """What the slots of a layer see besides each other."""
+
+    mask: Bool[Array, "B T S"]
+    rotation: tuple[Int[Array, "B T"], Float[Array, "half"]] | None = None
+    """Positions and inverse frequencies of the rotary embedding, where there is one."""
+    bias: Float[Array, "B N T S"] | None = None
+    prefix: tuple[KeyValues, Bool[Array, "B T P"]] | None = None
+    """Slots that stand before all rows."""
+    layer: Int[Array, ""] | None = None
+    first_slot: Int[Array, ""] | None = None
+    """Where in the cache the slots are written, and of which layer."""
+
+
 class Attention(nn.Module):
-    """Projections, rotation, cache update and attention of one layer."""
+    """Projections, rotation, cache update and attention of one layer.
+
+    Attributes:
+        heads, kv_heads, head_dim, width: N, K, H, D.
+        qkv_bias, out_bias: whether the projections have biases.
+        joint: whether queries, keys and values are one kernel [D, 3, N, H].
+        normed: makes the norm, given its name, that queries and keys pass head by head.
+        scale, softcap: see `attend`.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     width: int
-    rope_theta: float
+    qkv_bias: bool = False
+    out_bias: bool = False
+    joint: bool = False
+    normed: Callable[[str], nn.Module] | None = None
+    scale: float | None = None
+    softcap: float = 0.0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -170,34 +227,39 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
-        prefix: tuple[KeyValues, Bool[Array, "B T P"]] | None,
-        cache: StackedCache | None,
-        layer: Int[Array, ""],
-        first_slot: Int[Array, ""],
-        adapter_index: Int[Array, "B"] | None,
+        view: View,
+        cache: StackedCache | None = None,
+        adapter_index: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], StackedCache | None]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        query_out, key_out = (self.heads, self.head_dim), (self.kv_heads, self.head_dim)
-        key_axes = ("embed", "kv_heads", "head_dim")
-        q = Linear(query_out, ("embed", "heads", "head_dim"), name="q", **types)(x, adapter_index)
-        k = Linear(key_out, key_axes, name="k", **types)(x, adapter_index)
-        v = Linear(key_out, key_axes, name="v", **types)(x, adapter_index)
-        q = rotate(q, positions, self.rope_theta)
-        k = rotate(k, positions, self.rope_theta).transpose(0, 2, 1, 3)
-        own = KeyValues(k, v.transpose(0, 2, 1, 3))
+        given = {"use_bias": self.qkv_bias, **types}
+        if self.joint:
+            axes, out = ("embed", "qkv", "heads", "head_dim"), (3, self.heads, self.head_dim)
+            q, k, v = jnp.moveaxis(Linear(out, axes, name="qkv", **given)(x, adapter_index), 2, 0)
+        else:
+            queries = ((self.heads, self.head_dim), ("embed", "heads", "head_dim"))
+            keys = ((self.kv_heads, self.head_dim), ("embed", "kv_heads", "head_dim"))
+            q = Linear(*queries, name="q", **given)(x, adapter_index)
+            k = Linear(*keys, name="k", **given)(x, adapter_index)
+            v = Linear(*keys, name="v", **given)(x, adapter_index)
+        if self.normed is not None:
+            q, k = self.normed("q_norm")(q), self.normed("k_norm")(k)
+        if view.rotation is not None:
+            q, k = rotate(q, *view.rotation), rotate(k, *view.rotation)
+        own = KeyValues(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
         if cache is not None:
-            start = (layer, 0, 0, first_slot, 0)
+            start = (view.layer, 0, 0, view.first_slot, 0)
             cache = StackedCache(
                 *(
                     jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), start)
                     for stack, new in zip(cache, own, strict=True)
                 )
             )
-            own = KeyValues(*(stack[layer] for stack in cache))
-        out = attend(q, [(own, mask)] if prefix is None else [prefix, (own, mask)])
-        project = Linear((self.width,), ("heads", "head_dim", "embed"), inputs=2, name="o", **types)
+            own = KeyValues(*(stack[view.layer] for stack in cache))
+        parts = [(own, view.mask)] if view.prefix is None else [view.prefix, (own, view.mask)]
+        out = attend(q, parts, scale=self.scale, softcap=self.softcap, bias=view.bias)
+        axes = ("heads", "head_dim", "embed")
+        project = Linear((self.width,), axes, 2, self.out_bias, name="o", **types)
         return project(out, adapter_index), cache
 
 

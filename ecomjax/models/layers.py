@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -46,6 +48,7 @@ class Linear(nn.Module):
     out: tuple[int, ...]
     axes: tuple[str, ...]
     inputs: int = 1
+    use_bias: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -69,6 +72,10 @@ class Linear(nn.Module):
         x = x.reshape(*x.shape[: x.ndim - self.inputs], -1).astype(self.dtype)
         matrix = jnp.asarray(kernel.reshape(x.shape[-1], -1).astype(self.dtype))
         y = matmul(x, matrix)
+        if self.use_bias:
+            init = declare(nn.initializers.zeros, self.axes[self.inputs :])
+            bias: Any = self.param("bias", init, self.out, self.param_dtype)
+            y = y + bias.reshape(-1).astype(self.dtype)
         if self.has_variable("lora", "kernel"):
             leaf = self.get_variable("lora", "kernel")
             key = self.make_rng("dropout") if self.has_rng("dropout") else None
@@ -101,7 +108,33 @@ class Embed(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * scale, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467).
+
+    With `offset` 1 the parameter is the scale's distance from one, as in Gemma.
+    """
+
+    eps: float
+    offset: float = 0.0
+    axis: str = "embed"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        start = nn.initializers.constant(1.0 - self.offset)
+        scale: Any = self.param(
+            "scale", declare(start, (self.axis,)), (x.shape[-1],), self.param_dtype
+        )
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        normed = x * jax.lax.rsqrt(mean_square + self.eps)
+        scale = scale.astype(jnp.float32) + self.offset
+        return (normed * _broadcast(scale, x)).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * scale + bias, in float32 (Ba et al. 2016,
+    arXiv 1607.06450)."""
 
     eps: float
     dtype: Any = jnp.float32
@@ -109,11 +142,55 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        scale: Any = self.param(
-            "scale", declare(nn.initializers.ones, ("embed",)), (x.shape[-1],), self.param_dtype
+        inits = {"scale": nn.initializers.ones, "bias": nn.initializers.zeros}
+        scale, bias = (
+            self.param(name, declare(init, ("embed",)), (x.shape[-1],), self.param_dtype)
+            for name, init in inits.items()
         )
         x = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        normed = x * jax.lax.rsqrt(mean_square + self.eps)
-        shape = (1,) * (x.ndim - 1) + scale.shape
-        return (normed * scale.astype(jnp.float32).reshape(shape)).astype(self.dtype)
+        centred = x - x.mean(axis=-1, keepdims=True)
+        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + self.eps)
+        scale, bias = (_broadcast(y.astype(jnp.float32), x) for y in (scale, bias))
+        return (normed * scale + bias).astype(self.dtype)
+
+
+def _broadcast(vector, like):
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+
+
+class FeedForward(nn.Module):
+    """down(act(up(x))), or gated: down(act(gate(x)) * up(x)).
+
+    Gated with "silu" it is SwiGLU (Shazeer 2020, arXiv 2002.05202, equation 6).
+    """
+
+    width: int
+    ffn: int
+    activation: str = "silu"
+    gated: bool = True
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], adapter_index: Int[Array, "B"] | None = None
+    ) -> Float[Array, "B T D"]:
+        given = {"use_bias": self.use_bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        act = ACTIVATIONS[self.activation]
+        up = Linear((self.ffn,), ("embed", "ffn"), name="up", **given)(x, adapter_index)
+        if self.gated:
+            gate = Linear((self.ffn,), ("embed", "ffn"), name="gate", **given)(x, adapter_index)
+            inner = act(gate) * up
+        else:
+            inner = act(up)
+        return Linear((self.width,), ("ffn", "embed"), name="down", **given)(inner, adapter_index)

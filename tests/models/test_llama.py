@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ecomjax.models.llama import REMAT_POLICIES
+from ecomjax.models.stack import REMAT_POLICIES
 
 RNG = np.random.default_rng(0)
 B, T = 3, 14

@@ -2,7 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ecomjax.models.rope import rotate
+from ecomjax.models import rope
+from ecomjax.models.rope import RopeScaling, inverse_frequencies
 
 RNG = np.random.default_rng(0)
 THETA = 500.0
@@ -10,6 +11,10 @@ THETA = 500.0
 
 def normal(*shape):
     return jnp.asarray(RNG.standard_normal(shape, np.float32))
+
+
+def rotate(x, positions, theta):
+    return rope.rotate(x, positions, jnp.asarray(inverse_frequencies(x.shape[-1], theta)))
 
 
 def test_rotates_pairs_as_complex_numbers():
@@ -49,3 +54,28 @@ def test_angles_are_of_float32_whatever_the_input():
     half = rotate(jnp.asarray(x, jnp.bfloat16), positions, THETA)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), rotate(x, positions, THETA), atol=0.05)
+
+
+def test_linear_scaling_is_a_position_divided():
+    x, positions = normal(1, 1, 2, 8), jnp.full((1, 1), 12, jnp.int32)
+    inverse = inverse_frequencies(8, THETA, RopeScaling("linear", 4.0))
+    scaled = rope.rotate(x, positions, jnp.asarray(inverse))
+    np.testing.assert_allclose(scaled, rotate(x, positions // 4, THETA), atol=1e-5)
+
+
+def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
+    """Waves of 2 pi theta^(2i/H) positions; between the two bounds they are interpolated."""
+    scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, original_positions=1000)
+    plain = inverse_frequencies(32, 10000.0)
+    ratio = plain / inverse_frequencies(32, 10000.0, scaling)
+    waves = 2 * np.pi / plain
+    np.testing.assert_allclose(ratio[waves < 1000 / 4], 1.0)
+    np.testing.assert_allclose(ratio[waves > 1000], 8.0, rtol=1e-6)
+    between = ratio[(waves > 1000 / 4) & (waves < 1000)]
+    assert len(between) and (np.diff(between) > 0).all() and (between > 1).all()
+
+
+def test_frequencies_of_zero_rotate_nothing():
+    x = normal(1, 3, 2, 8)
+    still = rope.rotate(x, jnp.full((1, 3), 12, jnp.int32), jnp.zeros(4))
+    np.testing.assert_array_equal(still, x)

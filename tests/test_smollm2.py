@@ -2,12 +2,16 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
+from ecomjax.data.packing import Encoded, assemble, make_plan, shared_prefix
+from ecomjax.decoding.generate import GenerateOptions, generate
 from ecomjax.errors import UserError
 from ecomjax.hf import presets
 from ecomjax.hf.checkpoints import load_pretrained, save_pretrained
+from ecomjax.models import registry
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +63,41 @@ def torch_tokenizer(folder):
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.fixture(scope="module")
+def prompts(loaded):
+    """Eight of mixed lengths that open with the same instruction."""
+    turns = [{"role": "user", "content": f"Write a title for: {text}"} for text in TEXTS[:8]]
+    return [loaded.tokenizer.encode(loaded.tokenizer.chat([turn])) for turn in turns]
+
+
+@pytest.fixture(scope="module")
+def logits(loaded):
+    """Function (tokens, positions, segments, cache, mask) -> (logits where mask, cache)."""
+    model = registry.build(loaded.config)
+    variables = jax.device_put({"params": loaded.params})
+    apply = jax.jit(lambda *inputs: model.apply(variables, *inputs))
+    head = jax.jit(lambda hidden: model.apply(variables, hidden, method="logits"))
+
+    def run(tokens, positions=None, segments=None, cache=None, mask=None):
+        tokens = np.asarray(tokens, np.int32)
+        if positions is None:
+            positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+        if segments is None:
+            segments = np.ones(tokens.shape, np.int32)
+        hidden, cache = apply(tokens, positions, segments, cache)
+        if mask is not None:
+            hidden = hidden[np.asarray(mask, bool)]
+        return np.asarray(head(hidden)), cache
+
+    return run
+
+
+def assert_close(found, expected):
+    """To 1e-5 of the largest."""
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
 def test_identity(loaded):
     preset = presets.PRESETS["smollm2_135m"]
     assert loaded.identity.sha256 in (preset.wheel_sha256, preset.hub_sha256)
@@ -75,8 +114,66 @@ def test_logits(loaded, torch_model, logits):
     assert tokens.shape[1] > 200
     with torch.no_grad():
         theirs = torch_model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
-    ours = logits(loaded.config, loaded.params, tokens)
-    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+    ours, _ = logits(tokens)
+    assert_close(ours, theirs)
+
+
+def test_greedy_tokens(loaded, torch_model, prompts):
+    """64 of them for 8 prompts, however they are batched."""
+    import torch
+
+    expected = []
+    for prompt in prompts:
+        with torch.no_grad():
+            answer = torch_model.generate(
+                torch.tensor([prompt]), max_new_tokens=64, do_sample=False, pad_token_id=0
+            )
+        expected.append(tuple(answer[0, len(prompt) :].tolist()))
+    model, variables = registry.build(loaded.config), jax.device_put({"params": loaded.params})
+    end = loaded.tokenizer.eos_id
+    for batch_size in (8, 3):
+        options = GenerateOptions(64, end, batch_size)
+        results = generate(model, variables, prompts, options)
+        assert [r.tokens + (end,) * r.ended for r in results] == expected
+
+
+def test_step_by_step_is_the_full_forward(loaded, prompts, logits):
+    tokens = np.array([prompts[0][:32], prompts[1][:32]])
+    full, _ = logits(tokens)
+    cache = registry.build(loaded.config).new_cache(2, 32)
+    first, cache = logits(tokens[:, :7], cache=cache)
+    parts = [first]
+    for i in range(7, 32):
+        at = np.full((2, 1), i, np.int32)
+        part, cache = logits(tokens[:, i : i + 1], at, np.ones_like(at), cache)
+        parts.append(part)
+    assert_close(np.concatenate(parts, axis=1), full)
+
+
+@pytest.mark.parametrize("packing", ["plain", "shared_prefix"])
+def test_packed_is_separate(loaded, prompts, logits, packing):
+    """Logits of the answers in a row of five examples, and alone."""
+    answers = [loaded.tokenizer.encode(text) for text in TEXTS[8:13]]
+    pairs = zip(prompts, [answer or [1] for answer in answers], strict=False)
+    sequences = [Encoded(str(i), (*p, *a), len(p)) for i, (p, a) in enumerate(pairs)]
+    lengths = np.array([len(s.tokens) for s in sequences])
+    options = {"row_length": 512, "batch_size": 5, "epochs": 1, "seed": None}
+
+    def by_example(packing):
+        plan = make_plan(lengths, prefix=shared_prefix(sequences), packing=packing, **options)
+        (rows,) = plan.steps
+        batch = assemble(rows, sequences, plan)
+        found, _ = logits(batch.tokens, batch.positions, batch.segment_ids, mask=batch.weights)
+        b, t = np.nonzero(batch.weights)
+        example = np.array(
+            [rows[x][batch.segment_ids[x, y] - 1] for x, y in zip(b, t, strict=True)]
+        )
+        return len(rows), np.concatenate([found[example == i] for i in range(len(sequences))])
+
+    rows, packed = by_example(packing)
+    _, separate = by_example("pad")
+    assert rows == 1
+    assert_close(packed, separate)
 
 
 def test_ids_and_text(loaded, torch_tokenizer):

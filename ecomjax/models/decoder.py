@@ -1,0 +1,160 @@
+"""What all decoder-only models share: slots to hidden states, with a cache; hidden to logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ecomjax.models.attention import (
+    KeyValues,
+    StackedCache,
+    View,
+    empty_cache,
+    make_mask,
+    related,
+)
+from ecomjax.models.stack import run
+from ecomjax.typing import KVCache
+
+
+class OfLayer(NamedTuple):
+    """What differs by layer; stacked over L before the layers run."""
+
+    layer: Int[Array, ""]
+    prefix: KeyValues | None = None
+    inverse: Float[Array, "half"] | None = None
+    """Inverse frequencies of the rotation."""
+    window: Int[Array, ""] | None = None
+    """How many positions a slot sees, its own included."""
+
+
+class OfAll(NamedTuple):
+    """What all layers share."""
+
+    positions: Int[Array, "B T"]
+    mask: Bool[Array, "B T S"]
+    prefix_mask: Bool[Array, "B T P"] | None
+    first_slot: Int[Array, ""]
+    distance: Int[Array, "B T S"] | None = None
+    """Positions from key to query, where some layer has a window."""
+    prefix_distance: Int[Array, "B T P"] | None = None
+
+
+def view_of(own: OfLayer, shared: OfAll) -> View:
+    """What the attention of one layer sees."""
+    mask, prefix_mask = shared.mask, shared.prefix_mask
+    if own.window is not None:
+        mask &= shared.distance < own.window
+        if prefix_mask is not None:
+            prefix_mask &= shared.prefix_distance < own.window
+    return View(
+        mask,
+        rotation=None if own.inverse is None else (shared.positions, own.inverse),
+        prefix=None if own.prefix is None else (own.prefix, prefix_mask),
+        layer=own.layer,
+        first_slot=shared.first_slot,
+    )
+
+
+class Decoder(nn.Module):
+    """Tokens to hidden states (`__call__`) and hidden states to logits (`logits`).
+
+    The two are apart so that the head is applied only where somebody reads the logits.
+    A family sets up `embed`, `layers`, `final_norm`, and `lm_head` unless the embeddings
+    are tied, and says what differs by layer.
+    """
+
+    config: Any
+
+    def embed_slots(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """What enters the first layer."""
+        del positions
+        return self.embed(tokens)
+
+    def of_layers(self) -> OfLayer:
+        """What differs by layer; a family adds to it."""
+        return OfLayer(jnp.arange(self.config.layers, dtype=jnp.int32))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        cache: KVCache | None = None,
+        prefix: KVCache | None = None,
+        adapter_index: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Hidden states after the last norm, and the cache with these T slots filled.
+
+        Args:
+            tokens, positions, segment_ids: see `ecomjax.typing.Batch`.
+            cache: of the same rows; the T slots are written behind those it holds.
+            prefix: a filled cache of one row, read by all rows as if it stood before them.
+            adapter_index: which of several adapters each row uses, where the "lora"
+                collection holds several.
+        """
+        first_slot = jnp.zeros((), jnp.int32)
+        key_segments, key_positions, stacked = segment_ids, positions, None
+        if cache is not None:
+            first_slot = cache.length
+            start = (jnp.zeros((), jnp.int32), first_slot)
+            key_segments, key_positions = (
+                jax.lax.dynamic_update_slice(old, new, start)
+                for old, new in (
+                    (cache.segment_ids, segment_ids),
+                    (cache.positions, positions),
+                )
+            )
+            stacked = StackedCache(cache.keys, cache.values)
+        own = self.of_layers()
+        shared = OfAll(
+            positions, make_mask(segment_ids, key_segments, first_slot), None, first_slot
+        )
+        if own.window is not None:
+            shared = shared._replace(distance=_distance(positions, key_positions))
+        if prefix is not None:
+            own = own._replace(prefix=KeyValues(prefix.keys, prefix.values))
+            shared = shared._replace(prefix_mask=related(segment_ids, prefix.segment_ids))
+            if own.window is not None:
+                shared = shared._replace(prefix_distance=_distance(positions, prefix.positions))
+        carry = (self.embed_slots(tokens, positions), stacked)
+        (x, stacked), _ = run(self.layers, carry, own, shared, adapter_index)
+        if cache is not None:
+            cache = KVCache(
+                keys=stacked.keys,
+                values=stacked.values,
+                positions=key_positions,
+                segment_ids=key_segments,
+                length=first_slot + tokens.shape[1],
+            )
+        return self.final_norm(x), cache
+
+    def logits(
+        self, hidden: Float[Array, "B T D"], adapter_index: Int[Array, "B"] | None = None
+    ) -> Float[Array, "B T V"]:
+        """Next-token logits in float32."""
+        if self.config.tied_embeddings:
+            return self.embed.attend(hidden).astype(jnp.float32)
+        return self.lm_head(hidden, adapter_index).astype(jnp.float32)
+
+    def everything(self, tokens, positions, segment_ids):
+        """Hidden states and logits; touches every parameter, for initialisation."""
+        hidden, _ = self(tokens, positions, segment_ids)
+        return self.logits(hidden)
+
+    def new_cache(self, batch: int, slots: int) -> KVCache:
+        """An empty cache of `slots` slots for `batch` rows."""
+        c = self.config
+        return empty_cache(
+            c.layers, batch, slots, c.kv_heads, c.head_dim, jnp.dtype(c.compute_dtype)
+        )
+
+
+def _distance(positions: Int[Array, "B T"], key_positions: Int[Array, "#B S"]):
+    return positions[:, :, None] - key_positions[:, None, :]
