@@ -21,7 +21,6 @@ from ecomjax.experiments.config import DataConfig, EvaluationConfig, ModelConfig
 from ecomjax.hf.checkpoints import Identity, load_pretrained
 from ecomjax.hf.tokenizer import Tokenizer
 from ecomjax.models import registry
-from ecomjax.models.llama import LlamaConfig
 from ecomjax.tasks.base import Example, Task
 from ecomjax.typing import Params
 
@@ -34,7 +33,7 @@ class Base:
     `axes` describe.
     """
 
-    config: LlamaConfig
+    config: Any
     module: nn.Module
     params: Params
     axes: Params

@@ -14,14 +14,14 @@ import numpy as np
 
 from ecomjax import trees
 from ecomjax.errors import UserError
-from ecomjax.hf import llama
+from ecomjax.hf import families
 from ecomjax.hf.files import read_json, replace_file, replace_folder, sha256_of
 from ecomjax.hf.gguf import GGUFFile
 from ecomjax.hf.presets import PRESETS, Preset
 from ecomjax.hf.rules import DTYPES
 from ecomjax.hf.safetensors_io import INDEX, SINGLE, SafetensorsFolder, write_folder
 from ecomjax.hf.tokenizer import Tokenizer, check_vocabulary
-from ecomjax.models.llama import LlamaConfig
+from ecomjax.models.config import ModelConfig
 from ecomjax.typing import Params
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*"
@@ -49,7 +49,7 @@ class Identity:
 class Pretrained:
     """A model as loaded; `params` is a tree of numpy arrays, layers stacked."""
 
-    config: LlamaConfig
+    config: Any
     params: Params
     tokenizer: Tokenizer
     identity: Identity
@@ -164,22 +164,22 @@ def _load(
         where = os.path.join(path, "config.json")
         fields = read_json(where)
         tokenizer = Tokenizer.from_folder(path)
-    config = llama.config_from_hf(fields, where, param_dtype=param_dtype)
+    config = families.config_from_hf(fields, where, param_dtype=param_dtype)
     check_vocabulary(tokenizer, config.vocab_size, path)
-    params = llama.rule_table(config).import_params(weights, param_dtype, path)
+    params = families.rule_table(config).import_params(weights, param_dtype, path)
     identity = Identity(name, source, path, found, fingerprint(config, params))
     return Pretrained(config, params, tokenizer, identity)
 
 
-def fingerprint(config: LlamaConfig, params: Params) -> str:
+def fingerprint(config: ModelConfig, params: Params) -> str:
     """Hash of the config's shapes, the embedding and the first layer.
 
     Weights are rounded to bfloat16 first, so that it is equal for all dtypes of one model.
     """
     hasher = hashlib.sha256()
-    hasher.update(json.dumps(llama.config_to_hf(config) | {"torch_dtype": ""}).encode("utf-8"))
+    hasher.update(json.dumps(families.config_to_hf(config) | {"torch_dtype": ""}).encode("utf-8"))
     for path, leaf in sorted(trees.flatten(params).items()):
-        if path.startswith("layers/"):
+        if re.match(r"(.*/)?layers/", path):
             leaf = leaf[0]
         elif path != "embed/embedding":
             continue
@@ -189,7 +189,7 @@ def fingerprint(config: LlamaConfig, params: Params) -> str:
 
 def save_pretrained(
     folder: str | os.PathLike[str],
-    config: LlamaConfig,
+    config: ModelConfig,
     params: Params,
     tokenizer: Tokenizer,
     max_shard_bytes: int = 5 * 10**9,
@@ -197,8 +197,8 @@ def save_pretrained(
     """Writes a Hugging Face folder, all or nothing; transformers loads it."""
     eos: dict[str, Any] = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     with replace_folder(folder) as new:
-        write_folder(new, llama.rule_table(config).export_tensors(params), max_shard_bytes)
-        fields = llama.config_to_hf(config) | eos
+        write_folder(new, families.rule_table(config).export_tensors(params), max_shard_bytes)
+        fields = families.config_to_hf(config) | eos
         replace_file(new / "config.json", json.dumps(fields, indent=2))
         replace_file(new / "generation_config.json", json.dumps(eos, indent=2))
         tokenizer.save(new)

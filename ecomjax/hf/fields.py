@@ -51,6 +51,7 @@ class FieldTable:
         names: their field to ours.
         optional: their fields that may be absent or null, and what they then mean; None
             means that the family derives the value.
+        nullable: those whose null means None, whatever they mean when absent.
         only: their fields that have one value here; null reads as the first.
         ignored: fields that say nothing about the forward pass, besides COMMON_IGNORED.
         apart: fields that the family reads and writes itself.
@@ -60,6 +61,7 @@ class FieldTable:
     architecture: str
     names: Mapping[str, str]
     optional: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    nullable: frozenset[str] = frozenset()
     only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     apart: frozenset[str] = frozenset()
@@ -85,7 +87,8 @@ class FieldTable:
             if value is None:
                 if theirs not in self.optional:
                     raise refused(f"missing config field {theirs!r}", where)
-                value = self.optional[theirs]
+                if theirs not in fields or theirs not in self.nullable:
+                    value = self.optional[theirs]
             elif ours == "activation":
                 if value not in ACTIVATIONS:
                     raise refused(f"config field {theirs!r} is {value!r}", where)

@@ -20,13 +20,13 @@ import numpy as np
 
 from ecomjax import trees
 from ecomjax.errors import UserError
-from ecomjax.hf import llama
+from ecomjax.hf import families
 from ecomjax.hf.checkpoints import Identity
 from ecomjax.hf.files import read_json, replace_file, replace_folder
 from ecomjax.hf.presets import PRESETS
 from ecomjax.hf.rules import FLOATS, Rule, RuleTable
 from ecomjax.hf.safetensors_io import check_header, read_tensor, write_file
-from ecomjax.models.llama import LlamaConfig
+from ecomjax.models.config import ModelConfig
 from ecomjax.typing import Adapter, LowRank
 
 CONFIG = "adapter_config.json"
@@ -62,7 +62,7 @@ _IGNORED = {
 
 
 def write_adapter(
-    folder: str | os.PathLike[str], adapter: Adapter, config: LlamaConfig, base: Identity
+    folder: str | os.PathLike[str], adapter: Adapter, config: ModelConfig, base: Identity
 ) -> None:
     """Writes a LoRA adapter, all or nothing.
 
@@ -72,7 +72,7 @@ def write_adapter(
         config: of the base.
         base: which weights the base is.
     """
-    table = llama.rule_table(config)
+    table = families.rule_table(config)
     rules = {rule.ours: rule for rule in table.rules if rule.linear}
     leaves: dict[str, LowRank] = trees.flatten(adapter)
     tensors: dict[str, np.ndarray] = {}
@@ -126,7 +126,7 @@ def write_adapter(
 
 def read_adapter(
     folder: str | os.PathLike[str],
-    config: LlamaConfig,
+    config: ModelConfig,
     base: Identity,
     any_base: bool = False,
 ) -> Adapter:
@@ -138,7 +138,7 @@ def read_adapter(
         base: which weights that base is; another one than at writing is an error,
         any_base: unless this is set. Adapters of PEFT do not say, and pass.
     """
-    folder, table = Path(folder), llama.rule_table(config)
+    folder, table = Path(folder), families.rule_table(config)
     fields = _read_config(folder)
     if not any_base:
         _check_base(folder, base)

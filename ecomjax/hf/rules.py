@@ -104,6 +104,22 @@ def _relayout(array, source, target, sizes):
     return split.transpose(order).reshape(_joined(target, sizes))
 
 
+class _Renamed(Mapping[str, np.ndarray]):
+    """Tensors under other names, still read one by one."""
+
+    def __init__(self, names: Mapping[str, str], tensors: Mapping[str, np.ndarray]):
+        self._names, self._tensors = names, tensors
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @dataclasses.dataclass(frozen=True)
 class RuleTable:
     """All the rules of one model, with its sizes."""
@@ -114,6 +130,8 @@ class RuleTable:
     """Tensors that may be present if equal to another one, such as a tied head."""
     ignored: str = ""
     """Regular expression of whole names that carry nothing, such as saved constants."""
+    prefix: str = ""
+    """Start of names that checkpoints of the bare model leave out."""
 
     def import_params(self, tensors: Mapping[str, np.ndarray], dtype: str, where: str) -> Params:
         """Our tree from their tensors.
@@ -123,6 +141,8 @@ class RuleTable:
             dtype: a key of `DTYPES`.
             where: the file or folder, for error messages.
         """
+        if self.prefix and not any(name.startswith(self.prefix) for name in tensors):
+            tensors = _Renamed({self.prefix + name: name for name in tensors}, tensors)
         self._check_names(tensors, where)
         flat = {}
         for rule in self.rules:

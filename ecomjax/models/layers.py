@@ -84,17 +84,18 @@ class Linear(nn.Module):
 
 
 class Embed(nn.Module):
-    """Token embedding that also serves as a tied head."""
+    """A table of vectors, of tokens or positions; that of tokens also serves as a tied head."""
 
-    vocab_size: int
+    rows: int
     width: int
+    axis: str = "vocab"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     def setup(self):
-        init = declare(nn.initializers.normal(0.02), ("vocab", "embed"))
+        init = declare(nn.initializers.normal(0.02), (self.axis, "embed"))
         self.embedding: Any = self.param(
-            "embedding", init, (self.vocab_size, self.width), self.param_dtype
+            "embedding", init, (self.rows, self.width), self.param_dtype
         )
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -1,4 +1,4 @@
-"""The Llama family: Llama, Mistral, Qwen, SmolLM, Gemma and whatever shares their block.
+"""The Llama family: Llama, Mistral, Mixtral, Qwen, SmolLM, Gemma and what shares their block.
 
 Pre-norm decoder layers of grouped-query attention with rotary positions and a gated
 feed-forward (Touvron et al. 2023, arXiv 2307.09288).
@@ -17,6 +17,7 @@ from ecomjax.models.attention import Attention
 from ecomjax.models.config import ModelConfig
 from ecomjax.models.decoder import Decoder, OfLayer, view_of
 from ecomjax.models.layers import Embed, FeedForward, Linear, RMSNorm
+from ecomjax.models.moe import Dispatch, MoE
 from ecomjax.models.rope import RopeScaling, inverse_frequencies
 from ecomjax.models.stack import stack
 
@@ -25,6 +26,8 @@ from ecomjax.models.stack import stack
 class LlamaConfig(ModelConfig):
     """Shape of a Llama; letters as in `ecomjax.typing`."""
 
+    model_type: str = dataclasses.field(default="llama", kw_only=True)
+    """Which variant it is, as Hugging Face calls it; what it means the other fields say."""
     vocab_size: int
     """V"""
     width: int
@@ -62,11 +65,19 @@ class LlamaConfig(ModelConfig):
     """Whether attention and feed-forward pass a norm on their way out too (Gemma)."""
     scaled_embeddings: bool = False
     """Whether embeddings are multiplied by sqrt(D) (Gemma)."""
-    attention_scale: float = 0.0
-    """Of the scores, where it is not 1/sqrt(H)."""
+    attention_scalar: float = 0.0
+    """Scores are divided by its square root; 0 stands for H."""
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
     """c tanh(x / c) over attention scores and logits (Gemma 2)."""
+    experts: int = 0
+    """E; 0 where the feed-forward is a single one (Mixtral has more)."""
+    experts_per_token: int = 0
+    """How many of the experts each token passes."""
+    dispatch: Dispatch = "ragged"
+    """How tokens get to experts: see `models.moe.MoE`."""
+    balance_coefficient: float = 0.0
+    """Of the load-balance loss, added in training."""
 
 
 class Block(nn.Module):
@@ -86,18 +97,32 @@ class Block(nn.Module):
             c.width,
             qkv_bias=c.qkv_bias,
             normed=partial(_head_norm, c) if c.qk_norm else None,
-            scale=c.attention_scale or None,
+            scale=(c.attention_scalar or c.head_dim) ** -0.5,
             softcap=c.attention_softcap,
             name="attn",
             **c.types,
         )
-        feed_forward = FeedForward(c.width, c.ffn, c.activation, name="mlp", **c.types)
         view = view_of(of_layer, shared)
         out, cache = attention(norm(name="attn_norm")(x), view, cache, adapter_index)
         x = x + (norm(name="attn_post_norm")(out) if c.post_norms else out)
-        out = feed_forward(norm(name="mlp_norm")(x), adapter_index)
+        normed, routing = norm(name="mlp_norm")(x), None
+        if c.experts:
+            moe = MoE(
+                c.width,
+                c.ffn,
+                c.experts,
+                c.experts_per_token,
+                c.activation,
+                c.dispatch,
+                name="mlp",
+                **c.types,
+            )
+            out, routing = moe(normed, shared.live, adapter_index)
+        else:
+            feed_forward = FeedForward(c.width, c.ffn, c.activation, name="mlp", **c.types)
+            out = feed_forward(normed, adapter_index)
         x = x + (norm(name="mlp_post_norm")(out) if c.post_norms else out)
-        return (x, cache), None
+        return (x, cache), routing
 
 
 def _head_norm(c: LlamaConfig, name: str) -> RMSNorm:

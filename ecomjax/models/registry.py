@@ -10,29 +10,34 @@ import jax
 import jax.numpy as jnp
 
 from ecomjax import trees
+from ecomjax.models.config import ModelConfig
+from ecomjax.models.gpt2 import GPT2, GPT2Config
 from ecomjax.models.layers import DeclaredAxes
 from ecomjax.models.llama import Llama, LlamaConfig
 from ecomjax.typing import Params
 
-FAMILIES: dict[type, type[nn.Module]] = {LlamaConfig: Llama}
+FAMILIES: dict[type[ModelConfig], type[nn.Module]] = {
+    LlamaConfig: Llama,
+    GPT2Config: GPT2,
+}
 
 
-def build(config: LlamaConfig) -> Llama:
+def build(config: Any) -> Any:
     """The module for a config."""
-    return FAMILIES[type(config)](config)  # pyright: ignore[reportCallIssue, reportReturnType]
+    return FAMILIES[type(config)](config)  # pyright: ignore[reportCallIssue]
 
 
-def _init_boxed(model: Llama, key: jax.Array) -> Mapping[str, Any]:
+def _init_boxed(model: nn.Module, key: jax.Array) -> Mapping[str, Any]:
     one = jnp.ones((1, 1), jnp.int32)
     return model.init(key, one, one, one, method="everything")["params"]
 
 
-def init(model: Llama, key: jax.Array) -> Params:
+def init(model: nn.Module, key: jax.Array) -> Params:
     """Random parameters, as a nested dict of bare arrays."""
     return nn.unbox(_init_boxed(model, key))
 
 
-def describe(model: Llama) -> tuple[Params, Params]:
+def describe(model: nn.Module) -> tuple[Params, Params]:
     """Two trees shaped like the parameters: shapes and dtypes, and `ParamAxes`.
 
     Nothing is computed, so a model of any size is described in milliseconds.
