@@ -14,42 +14,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ecomjax.decoding import prefix as prefixes
 from ecomjax.decoding import sampling
-from ecomjax.errors import UserError
-from ecomjax.typing import PADDING_SEGMENT, KVCache
-
-OWN_SEGMENT = 1
+from ecomjax.decoding.batches import Limits, Rows, batches, follow, prefill
+from ecomjax.typing import KVCache
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateOptions:
+class GenerateOptions(Limits):
     """How to decode.
 
     Attributes:
-        max_new_tokens: tokens a row may get, end token included.
-        end: id of the token that ends a row.
-        batch_size: prompts decoded together; results do not depend on it.
-        window: most slots a prompt and its answer may take together.
         temperature: 0 is greedy.
         top_p: nucleus, see `sampling.sample`.
         seed: of the draws; a prompt's draws depend on it and on the prompt's place alone.
     """
 
-    max_new_tokens: int
-    end: int
-    batch_size: int = 16
-    window: int = 2048
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         sampling.check(self.temperature, self.top_p)
-        if self.max_new_tokens < 1:
-            raise UserError(
-                f"max_new_tokens {self.max_new_tokens}", "decoding", "ask for 1 token or more"
-            )
 
 
 class _Decoding(flax.struct.PyTreeNode):
@@ -69,32 +55,18 @@ class _Decoding(flax.struct.PyTreeNode):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _decode(
-    model: nn.Module,
-    options: GenerateOptions,
-    variables: Any,
-    start: KVCache,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
-    offset: Int[Array, ""],
-    keys: Any,
+    model: nn.Module, options: GenerateOptions, variables: Any, rows: Rows, keys: Any
 ) -> tuple[Int[Array, "B max_new"], Float[Array, "B max_new"]]:
-    """Decodes rows of prompt tails that follow a cached prefix of `offset` tokens."""
-    rows, slots = tokens.shape
-    bound: Any = model
-    apply = bound.apply
-    cache = bound.new_cache(rows, slots + options.max_new_tokens)
-    inside = jnp.arange(slots, dtype=jnp.int32)[None, :] < lengths[:, None]
-    segments = jnp.where(inside, OWN_SEGMENT, PADDING_SEGMENT)
-    positions = jnp.broadcast_to(offset + jnp.arange(slots, dtype=jnp.int32), tokens.shape)
-    hidden, cache = apply(variables, tokens, positions, segments, cache, start)
-    hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    """Tokens drawn for each row, and their log-probabilities."""
+    batch = rows.tokens.shape[0]
+    hidden, cache = prefill(model, variables, rows, options.max_new_tokens)
 
     def draw(hidden, number):
-        logits = apply(variables, hidden, method="logits")[:, 0]
+        logits: Any = model.apply(variables, hidden, method="logits")
         row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-        chosen = sampling.sample(logits, row_keys, options.temperature, options.top_p)
-        picked = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
-        return chosen, picked - jax.nn.logsumexp(logits, axis=-1)
+        chosen = sampling.sample(logits[:, 0], row_keys, options.temperature, options.top_p)
+        picked = jnp.take_along_axis(logits[:, 0], chosen[:, None], axis=-1)[:, 0]
+        return chosen, picked - jax.nn.logsumexp(logits[:, 0], axis=-1)
 
     def write(buffer, column, number):
         return jax.lax.dynamic_update_slice(buffer, column[:, None], (0, number))
@@ -104,17 +76,15 @@ def _decode(
         drawn=jnp.ones((), jnp.int32),
         last=first,
         ended=first == options.end,
-        tokens=write(jnp.full((rows, options.max_new_tokens), options.end, jnp.int32), first, 0),
+        tokens=write(jnp.full((batch, options.max_new_tokens), options.end, jnp.int32), first, 0),
         log_probabilities=write(
-            jnp.zeros((rows, options.max_new_tokens), jnp.float32), log_probability, 0
+            jnp.zeros((batch, options.max_new_tokens), jnp.float32), log_probability, 0
         ),
         cache=cache,
     )
 
     def body(s: _Decoding) -> _Decoding:
-        position = (offset + lengths + s.drawn - 1)[:, None]
-        segment = jnp.full((rows, 1), OWN_SEGMENT, jnp.int32)
-        hidden, cache = apply(variables, s.last[:, None], position, segment, s.cache, start)
+        hidden, cache = follow(model, variables, rows, s.last, s.drawn, s.cache)
         token, log_probability = draw(hidden, s.drawn)
         token = jnp.where(s.ended, options.end, token)
         log_probability = jnp.where(s.ended, 0.0, log_probability)
@@ -171,43 +141,21 @@ def generate(
     Raises:
         UserError: an empty prompt, or one that leaves no room for an answer.
     """
-    if not prompts:
-        return []
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise UserError("empty prompt", f"prompt {i}", "give at least one token")
-        if len(prompt) + options.max_new_tokens > options.window:
-            raise UserError(
-                f"prompt of {len(prompt)} tokens and {options.max_new_tokens} new ones exceed "
-                f"the window of {options.window}",
-                f"prompt {i}",
-                "use fewer demonstrations, shorter inputs or a smaller max_new_tokens",
-            )
-    offset = prefixes.common_prefix(prompts)
-    start = prefixes.fill_prefix(model, variables, prompts[0][:offset])
     root = jax.random.key(options.seed)
     # Compiled code depends on neither of these; a constant keeps it from being made anew.
     compiled = dataclasses.replace(options, batch_size=1, window=1, seed=0)
     results: dict[int, Generated] = {}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    rows = min(options.batch_size, len(prompts))
-    for first in range(0, len(order), rows):
-        chosen = order[first : first + rows]
-        # A short last batch repeats its last prompt, so that no new shape is compiled.
-        filled = chosen + [chosen[-1]] * (rows - len(chosen))
-        lengths = np.array([len(prompts[i]) - offset for i in filled], np.int32)
-        tokens = np.zeros((rows, prefixes.bucketed(int(lengths.max()))), np.int32)
-        for row, i in enumerate(filled):
-            tokens[row, : lengths[row]] = prompts[i][offset:]
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(root, np.array(filled, np.uint32))
-        drawn, log_probabilities = jax.device_get(
-            _decode(model, compiled, variables, start, tokens, lengths, np.int32(offset), keys)
-        )
-        for row, i in enumerate(chosen):
-            answer = drawn[row].tolist()
-            ended = options.end in answer
-            cut = answer.index(options.end) if ended else len(answer)
-            total = float(log_probabilities[row].sum())
-            results[i] = Generated(tuple(answer[:cut]), total, ended)
-        on_done(len(chosen))
+    for indices, rows in batches(model, variables, prompts, options):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(root, np.array(indices, np.uint32))
+        drawn, log_probabilities = jax.device_get(_decode(model, compiled, variables, rows, keys))
+        for row, i in enumerate(indices):
+            answer, ended = until(options.end, drawn[row].tolist())
+            results[i] = Generated(answer, float(log_probabilities[row].sum()), ended)
+        on_done(len(set(indices)))
     return [results[i] for i in range(len(prompts))]
+
+
+def until(end: int, tokens: Sequence[int]) -> tuple[tuple[int, ...], bool]:
+    """The tokens before the first `end`, and whether there is one."""
+    ended = end in tokens
+    return tuple(tokens[: tokens.index(end)] if ended else tokens), ended

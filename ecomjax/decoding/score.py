@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from ecomjax.data.packing import Encoded, Plan, assemble
 from ecomjax.decoding import prefix as prefixes
+from ecomjax.decoding.batches import by_length
 from ecomjax.errors import UserError
 from ecomjax.models.likelihood import token_log_likelihood
 from ecomjax.typing import Batch, KVCache
@@ -73,15 +74,10 @@ def label_log_likelihoods(
     offset = prefixes.common_prefix(prompts)
     start = prefixes.fill_prefix(model, variables, prompts[0][:offset])
     scores = np.zeros((len(prompts), len(labels)), np.float32)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    rows = min(batch_size, len(prompts))
-    for first in range(0, len(order), rows):
-        chosen = order[first : first + rows]
-        filled = chosen + [chosen[-1]] * (rows - len(chosen))
-        batch = _label_rows([prompts[i][offset:] for i in filled], labels, offset)
-        values = jax.device_get(_score(model, len(labels), variables, start, batch))
-        scores[chosen] = values[: len(chosen)]
-        on_done(len(chosen))
+    for indices in by_length(prompts, batch_size):
+        batch = _label_rows([prompts[i][offset:] for i in indices], labels, offset)
+        scores[indices] = jax.device_get(_score(model, len(labels), variables, start, batch))
+        on_done(len(set(indices)))
     return scores
 
 
