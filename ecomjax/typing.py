@@ -84,7 +84,8 @@ class AdapterLeaf(Protocol):
     """What stands at the path of an adapted kernel.
 
     A kernel is seen as a matrix [d_in, d_out], whatever its head axes; `x` and `y` are
-    flattened likewise. Leaves stack over leading layer, expert and adapter axes.
+    flattened likewise. Leaves stack over leading layer, expert and adapter axes. Those of
+    experts that run on their own rows alone have `apply_ragged` too, as `LowRank` does.
     """
 
     fixed: tuple[str, ...]
@@ -133,15 +134,35 @@ class LowRank(flax.struct.PyTreeNode):
 
     def apply(self, x, kernel, y, index=None, key=None):
         del kernel
-        a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
-        scale = self.scale.astype(x.dtype)
-        if key is not None and self.dropout > 0.0:
-            keep = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
-            x = jnp.where(keep, x / (1.0 - self.dropout), jnp.zeros_like(x))
+        x, a, b, scale = self._operands(x, key)
         if index is None:
             return y + scale * matmul(matmul(x, a), b)
         chosen = jnp.einsum("B...d,Bdr,Bre->B...e", x, a[index], b[index])
         return y + scale[index].reshape(-1, *[1] * (y.ndim - 1)) * chosen
+
+    def apply_ragged(self, x, kernel, y, sizes, index=None, key=None):
+        """`apply` of an expert axis to rows [M, d_in] that lie expert by expert.
+
+        The first sizes[0] rows are of expert 0, and so on. Where `index` [M] picks one of
+        several adapters, the rows of each expert lie adapter by adapter.
+        """
+        del kernel
+        x, a, b, scale = self._operands(x, key)
+        if index is not None:
+            experts, adapters = scale.shape
+            numbers = jnp.arange(experts, dtype=index.dtype)
+            expert = jnp.repeat(numbers, sizes, total_repeat_length=x.shape[0])
+            sizes = jnp.bincount(expert * adapters + index, length=experts * adapters)
+            a, b, scale = (z.reshape(-1, *z.shape[2:]) for z in (a, b, scale))
+        inner = jax.lax.ragged_dot(x, a, sizes)
+        return y + jax.lax.ragged_dot(inner, scale[:, None, None] * b, sizes)
+
+    def _operands(self, x, key):
+        """Input with some of it dropped, factors and scale, all of the input's dtype."""
+        if key is not None and self.dropout > 0.0:
+            keep = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
+            x = jnp.where(keep, x / (1.0 - self.dropout), jnp.zeros_like(x))
+        return x, *(z.astype(x.dtype) for z in (self.a, self.b, self.scale))
 
     def delta(self, kernel):
         product = self.a.astype(jnp.float32) @ self.b.astype(jnp.float32)

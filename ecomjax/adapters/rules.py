@@ -10,8 +10,8 @@ from ecomjax import trees
 from ecomjax.errors import UserError
 from ecomjax.typing import Params
 
-EVERY_LINEAR = r"layers/.*/kernel"
-"""Every linear layer of the stack; the LM head stands outside it."""
+EVERY_LINEAR = r"(.*/)?layers/.*(?<!/router)/kernel"
+"""Every linear layer of every stack but the routers of experts; the LM head stands outside."""
 
 
 @dataclasses.dataclass(frozen=True)

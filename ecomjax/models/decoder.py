@@ -17,8 +17,9 @@ from ecomjax.models.attention import (
     make_mask,
     related,
 )
+from ecomjax.models.moe import Balance, balance
 from ecomjax.models.stack import run
-from ecomjax.typing import KVCache
+from ecomjax.typing import PADDING_SEGMENT, KVCache
 
 
 class OfLayer(NamedTuple):
@@ -36,6 +37,8 @@ class OfAll(NamedTuple):
     """What all layers share."""
 
     positions: Int[Array, "B T"]
+    live: Bool[Array, "B T"]
+    """False in padding slots."""
     mask: Bool[Array, "B T S"]
     prefix_mask: Bool[Array, "B T P"] | None
     first_slot: Int[Array, ""]
@@ -99,6 +102,23 @@ class Decoder(nn.Module):
             adapter_index: which of several adapters each row uses, where the "lora"
                 collection holds several.
         """
+        return self._forward(tokens, positions, segment_ids, cache, prefix, adapter_index)[:2]
+
+    def with_balance(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        adapter_index: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Balance | None]:
+        """Hidden states, and the load-balance loss of the experts, where there are any."""
+        hidden, _, routing = self._forward(
+            tokens, positions, segment_ids, None, None, adapter_index
+        )
+        return hidden, None if routing is None else balance(routing)
+
+    def _forward(self, tokens, positions, segment_ids, cache, prefix, adapter_index):
+        """(hidden states, cache, what the layers return, stacked)."""
         first_slot = jnp.zeros((), jnp.int32)
         key_segments, key_positions, stacked = segment_ids, positions, None
         if cache is not None:
@@ -114,7 +134,11 @@ class Decoder(nn.Module):
             stacked = StackedCache(cache.keys, cache.values)
         own = self.of_layers()
         shared = OfAll(
-            positions, make_mask(segment_ids, key_segments, first_slot), None, first_slot
+            positions,
+            segment_ids != PADDING_SEGMENT,
+            make_mask(segment_ids, key_segments, first_slot),
+            None,
+            first_slot,
         )
         if own.window is not None:
             shared = shared._replace(distance=_distance(positions, key_positions))
@@ -124,7 +148,7 @@ class Decoder(nn.Module):
             if own.window is not None:
                 shared = shared._replace(prefix_distance=_distance(positions, prefix.positions))
         carry = (self.embed_slots(tokens, positions), stacked)
-        (x, stacked), _ = run(self.layers, carry, own, shared, adapter_index)
+        (x, stacked), outputs = run(self.layers, carry, own, shared, adapter_index)
         if cache is not None:
             cache = KVCache(
                 keys=stacked.keys,
@@ -133,7 +157,7 @@ class Decoder(nn.Module):
                 segment_ids=key_segments,
                 length=first_slot + tokens.shape[1],
             )
-        return self.final_norm(x), cache
+        return self.final_norm(x), cache, outputs
 
     def logits(
         self, hidden: Float[Array, "B T D"], adapter_index: Int[Array, "B"] | None = None

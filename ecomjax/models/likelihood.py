@@ -24,9 +24,6 @@ def token_log_likelihood(
 ) -> Float[Array, "B T"]:
     """log p(target) at every slot of weight > 0, and 0 elsewhere, in float32.
 
-    The head runs only where there is a target: slots with one are gathered to the front
-    of each row, and chunks that hold none are skipped.
-
     Args:
         model: maps tokens, positions, segment ids and prefix to (hidden [B, T, D], cache),
             and hidden states to logits through its method `logits`.
@@ -39,7 +36,19 @@ def token_log_likelihood(
     hidden, _ = apply(
         variables, batch.tokens, batch.positions, batch.segment_ids, prefix=prefix, rngs=rngs
     )
-    rows, slots = batch.tokens.shape
+    return likelihood_of_hidden(model, variables, hidden, batch)
+
+
+def likelihood_of_hidden(
+    model: nn.Module, variables: dict[str, Any], hidden: Float[Array, "B T D"], batch: Batch
+) -> Float[Array, "B T"]:
+    """`token_log_likelihood` from the hidden states on.
+
+    The head runs only where there is a target: slots with one are gathered to the front
+    of each row, and chunks that hold none are skipped.
+    """
+    apply: Any = model.apply
+    rows, slots = batch.targets.shape
     chunk = min(HEAD_CHUNK, slots)
     padding = -slots % chunk
     targeted = jnp.pad(batch.weights > 0, ((0, 0), (0, padding)))
