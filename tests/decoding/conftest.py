@@ -1,5 +1,8 @@
+import jax
 import numpy as np
 import pytest
+
+from ecomjax.models.llama import Llama
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +34,35 @@ def log_probabilities(tiny):
         return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
     return run
+
+
+class Watched(Llama):
+    """Counts how often its head is traced, and how often it runs."""
+
+    traced = 0
+    runs = 0
+
+    def logits(self, hidden, adapter_index=None):
+        type(self).traced += 1
+        jax.debug.callback(self.count)
+        return super().logits(hidden, adapter_index)
+
+    @classmethod
+    def count(cls):
+        cls.runs += 1
+
+
+@pytest.fixture
+def watched():
+    """Function of a config -> (model, function of a call -> heads traced, heads run by it)."""
+
+    def make(config):
+        def count(function, *arguments):
+            before = Watched.traced, Watched.runs
+            function(*arguments)
+            jax.effects_barrier()
+            return Watched.traced - before[0], Watched.runs - before[1]
+
+        return Watched(config), count
+
+    return make

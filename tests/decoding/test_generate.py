@@ -1,11 +1,9 @@
 import dataclasses
 
-import jax
 import pytest
 
 from ecomjax.decoding.generate import GenerateOptions, generate
 from ecomjax.errors import UserError
-from ecomjax.models.llama import Llama
 
 NEW = 6
 
@@ -82,40 +80,18 @@ def test_draws_depend_on_seed_and_place_alone(tiny, variables, prompts):
     assert len(set(same)) > 1
 
 
-class Watched(Llama):
-    """Counts how often its head is traced, and how often it runs."""
-
-    traced = 0
-    runs = 0
-
-    def logits(self, hidden, adapter_index=None):
-        type(self).traced += 1
-        jax.debug.callback(self.count)
-        return super().logits(hidden, adapter_index)
-
-    @classmethod
-    def count(cls):
-        cls.runs += 1
-
-
-def test_decoding_stops_when_all_rows_have_ended(tiny, variables, prompts, naive):
+def test_decoding_stops_when_all_rows_have_ended(tiny, variables, prompts, watched, naive):
     """And compiles nothing anew for other lengths of a bucket, prompts or seeds."""
     answers, _ = naive
     row = next(i for i, answer in enumerate(answers) if answer[2] not in answer[:2])
     options = GenerateOptions(NEW, answers[row][2], 3)
-    model = Watched(tiny.config)
-
-    def run(chosen, **changes):
-        before = Watched.traced, Watched.runs
-        results = generate(model, variables, chosen, dataclasses.replace(options, **changes))
-        jax.effects_barrier()
-        return results, Watched.traced - before[0], Watched.runs - before[1]
-
-    results, traced, runs = run([prompts[row]] * 3)
+    model, count = watched(tiny.config)
+    traced, runs = count(generate, model, variables, [prompts[row]] * 3, options)
     assert traced > 0
     assert runs == 3
-    assert all(len(result.tokens) == 2 and result.ended for result in results)
-    _, traced, _ = run([[1, 2], [1, 3, 4], [1, 5, 6, 7, 8], [1, 9]], seed=3, window=99)
+    others = [[1, 2], [1, 3, 4], [1, 5, 6, 7, 8], [1, 9]]
+    changed = dataclasses.replace(options, seed=3, window=99)
+    traced, _ = count(generate, model, variables, others, changed)
     assert traced == 0
 
 
