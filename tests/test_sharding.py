@@ -1,0 +1,223 @@
+"""Split over eight devices, every model is the one on a single device."""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from ecomjax import sharding, trees
+from ecomjax.adapters import lora
+from ecomjax.adapters.rules import LoraRule
+from ecomjax.errors import UserError
+from ecomjax.models import registry
+from ecomjax.models.gpt2 import GPT2Config
+from ecomjax.models.llama import LlamaConfig
+from ecomjax.training.losses import causal_lm
+from ecomjax.typing import Batch, ParamAxes
+
+LLAMA = {"vocab_size": 64, "width": 24, "layers": 2, "heads": 8, "kv_heads": 2, "head_dim": 6}
+EXPERTS = {"experts": 4, "experts_per_token": 2, "balance_coefficient": 0.5}
+CASES = {
+    "llama": LlamaConfig(**LLAMA, ffn=40),
+    "llama_unrolled": LlamaConfig(**LLAMA, ffn=40, scan=False),
+    "mixtral_ragged": LlamaConfig(**LLAMA, ffn=40, **EXPERTS),
+    "mixtral_dense": LlamaConfig(**LLAMA, ffn=40, **EXPERTS, dispatch="dense"),
+    "gpt2": GPT2Config(vocab_size=61, width=24, layers=2, heads=6, ffn=40, max_positions=33),
+}
+"""A tiny config for each family of the registry."""
+
+MESHES = {"fsdp2_tensor4": (1, 2, 4, 1), "fsdp2_tensor2_expert2": (1, 2, 2, 2)}
+ROWS, SLOTS = 4, 10
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def mesh(request):
+    return sharding.make_mesh(*MESHES[request.param])
+
+
+@pytest.fixture(scope="module", params=CASES)
+def config(request):
+    return CASES[request.param]
+
+
+def random_params(shapes):
+    """Anything but what initialisers draw, so that every parameter matters."""
+
+    def draw(path, shape):
+        rng = np.random.default_rng(zlib.crc32(path.encode()))
+        values = 0.2 * rng.standard_normal(shape.shape, np.float32)
+        return jnp.asarray(values + np.float32(path.endswith("norm/scale")))
+
+    flat = trees.flatten(shapes)
+    return trees.unflatten({path: draw(path, shape) for path, shape in flat.items()})
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Rows of up to three sequences, padded."""
+    rng = np.random.default_rng(0)
+    tokens, targets = rng.integers(0, 61, (2, ROWS, SLOTS)).astype(np.int32)
+    positions = np.tile(np.array([0, 1, 2, 3, 0, 1, 2, 0, 1, 2], np.int32), (ROWS, 1))
+    segments = np.tile(np.repeat([1, 2, 3], (4, 3, 3)), (ROWS, 1)).astype(np.int32)
+    segments[1, 7:] = segments[2, 4:] = 0
+    weights = ((positions > 0) & (segments > 0)).astype(np.float32)
+    return Batch(*map(jnp.asarray, (tokens, positions, segments, targets, weights)))
+
+
+def test_sharded_is_unsharded(config, mesh, batch):
+    """A positive sum over all that the model gives out."""
+    model = registry.build(config)
+    shapes, axes = registry.describe(model)
+    params = random_params(shapes)
+
+    @jax.jit
+    def loss(params, batch):
+        slots = (batch.tokens, batch.positions, batch.segment_ids)
+        out = model.apply({"params": params}, *slots, method="everything")
+        likelihood = jax.nn.log_softmax(out.reshape(-1, out.shape[-1]).astype(jnp.float32))
+        weights = 1 + jnp.cos(jnp.arange(likelihood.size, dtype=jnp.float32))
+        return -(likelihood * weights.reshape(likelihood.shape)).sum()
+
+    specs, _ = sharding.specs(axes, shapes, mesh)
+    placed = sharding.shard_params(params, sharding.shardings(specs, mesh))
+    rows = sharding.shard_rows(batch, mesh)
+    assert float(loss(placed, rows)) == pytest.approx(float(loss(params, batch)), rel=1e-5)
+    assert trees.flatten(placed).keys() == trees.flatten(params).keys()
+    for path, leaf in trees.flatten(placed).items():
+        assert leaf.sharding.mesh == mesh, path
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed))
+    assert held < 0.7 * trees.bytes_of(params)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral_ragged", "mixtral_dense"])
+def test_training_loss_and_gradients(name, mesh, batch):
+    """Adapters lie whole on every device, but for their experts."""
+    model = registry.build(CASES[name])
+    shapes, axes = registry.describe(model)
+    params = random_params(shapes)
+    _, adapter = lora.init(params, axes, [LoraRule(rank=3)], jax.random.key(0))
+    adapter = trees.map_leaves(lambda leaf: leaf.replace(b=leaf.b + 0.1), adapter)
+    specs, _ = sharding.specs(axes, shapes, mesh)
+    placed = sharding.shard_params(params, sharding.shardings(specs, mesh))
+    by_adapter = sharding.shardings(sharding.adapter_specs(adapter, axes, mesh), mesh)
+
+    @jax.jit
+    def value_and_grad(params, adapter, batch):
+        trained, fixed = lora.split(adapter)
+        frozen = {"params": params, "fixed": fixed}
+
+        def loss(trained):
+            total, weight, _ = causal_lm(model)(trained, frozen, batch, jax.random.key(0))
+            return total / weight
+
+        return jax.value_and_grad(loss)(trained)
+
+    expected, gradients = value_and_grad(params, adapter, batch)
+    rows = sharding.shard_rows(batch, mesh)
+    value, grads = value_and_grad(placed, sharding.shard_params(adapter, by_adapter), rows)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    for ours, exact in zip(jax.tree.leaves(grads), jax.tree.leaves(gradients), strict=True):
+        assert np.abs(ours - exact).max() <= 1e-4 * np.abs(exact).max()
+
+
+def specs_of(name, *sizes):
+    shapes, axes = registry.describe(registry.build(CASES[name]))
+    return sharding.specs(axes, shapes, sharding.make_mesh(*sizes))
+
+
+def test_specs_follow_the_rules():
+    specs, fallbacks = specs_of("mixtral_ragged", 1, 2, 2, 2)
+    assert not fallbacks
+    found = {path: tuple(spec) for path, spec in trees.flatten(specs).items()}
+    block = {path: found[f"layers/{path}"] for path in ("attn/q/kernel", "attn/o/kernel")}
+    assert block == {
+        "attn/q/kernel": (None, "fsdp", "tensor", None),
+        "attn/o/kernel": (None, "tensor", None, "fsdp"),
+    }
+    assert found["layers/mlp/experts/down/kernel"] == (None, "expert", "tensor", "fsdp")
+    assert found["layers/mlp/router/kernel"] == (None, "fsdp", None)
+    assert found["embed/embedding"] == ("tensor", "fsdp")
+    assert found["final_norm/scale"] == ("fsdp",)
+
+
+def test_what_does_not_divide_is_whole_and_listed():
+    """Two key heads over four devices; all else divides."""
+    specs, fallbacks = specs_of("llama", 1, 2, 4, 1)
+    assert [f.path for f in fallbacks] == ["layers/attn/k/kernel", "layers/attn/v/kernel"]
+    for fallback in fallbacks:
+        assert fallback[1:] == ("kv_heads", 2, ("tensor",), 4)
+        assert "kv_heads of 2 does not divide over 4 devices" in str(fallback)
+        spec = trees.flatten(specs)[fallback.path]
+        assert tuple(spec) == (None, "fsdp", None, None)
+
+
+def test_too_much_that_does_not_divide_is_refused():
+    """k and v of [2, 24, 2, 6] float32: half of each over fsdp, of which a quarter would do."""
+    shapes, axes = registry.describe(registry.build(CASES["llama"]))
+    mesh = sharding.make_mesh(1, 2, 4, 1)
+    excess = 2 * (2 * 24 * 2 * 6 * 4) // 2 * 3 // 4
+    sharding.specs(axes, shapes, mesh, most_replicated=excess)
+    with pytest.raises(UserError, match=r"GiB are replicated.*layers/attn/k/kernel.* and 1 more"):
+        sharding.specs(axes, shapes, mesh, most_replicated=excess - 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("embed", "hats"), "no rule for the logical axis 'hats'"),
+        (("heads", "ffn"), "'heads' and 'ffn' are both split over 'tensor'"),
+        (("embed", "embed"), "'embed' and 'embed' are both split over 'fsdp'"),
+    ],
+)
+def test_bad_axes_are_refused_on_any_mesh(names, message):
+    shapes = {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32)}
+    with pytest.raises(ValueError, match=message):
+        sharding.specs({"kernel": ParamAxes(names)}, shapes, sharding.make_mesh())
+
+
+def test_mesh_sizes():
+    mesh = sharding.make_mesh(fsdp=2, tensor=-1, data=1)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 4, "expert": 1}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert dict(sharding.make_mesh(devices=jax.devices()[:2]).shape)["data"] == 2
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 2, 1, 1), (-1, -1, 1, 1), (-1, 3), (0, 8)])
+def test_mesh_sizes_that_do_not_fit(sizes):
+    with pytest.raises(UserError, match=rf"a mesh of data {sizes[0]}.* does not fit 8 devices"):
+        sharding.make_mesh(*sizes)
+
+
+def test_rows_are_split_over_data_and_fsdp(batch):
+    mesh = sharding.make_mesh(2, 2, 2, 1)
+    assert sharding.shard_rows(batch, mesh).tokens.addressable_shards[0].data.shape == (1, SLOTS)
+    micro = jax.tree.map(lambda x: x[None], batch)
+    placed = sharding.shard_rows(micro, mesh, axis=1)
+    assert placed.tokens.sharding.spec == PartitionSpec(None, ("data", "fsdp"))
+    with pytest.raises(UserError, match="3 rows do not divide over 4"):
+        sharding.shard_rows(jax.tree.map(lambda x: x[:3], batch), mesh)
+
+
+def test_arrays_are_built_part_by_part():
+    """Each distinct part is asked for once, and goes to all devices that hold it."""
+    mesh, asked = sharding.make_mesh(1, 2, 4, 1), []
+    values = np.arange(48, dtype=np.float32).reshape(4, 12)
+    specs = {
+        "rows": PartitionSpec("fsdp"),
+        "both": PartitionSpec("fsdp", "tensor"),
+        "whole": PartitionSpec(),
+    }
+    for (name, spec), parts in zip(specs.items(), (2, 8, 1), strict=True):
+        asked.clear()
+
+        def part(cut):
+            asked.append(cut)
+            return values[cut]
+
+        own = sharding.shardings({name: spec}, mesh)[name]
+        array = sharding.build_array(values.shape, own, part)
+        np.testing.assert_array_equal(array, values)
+        assert array.sharding == own and len(asked) == parts
