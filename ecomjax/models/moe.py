@@ -96,7 +96,8 @@ class MoE(nn.Module):
 
     def _dense(self, x, weights, adapter_index):
         """Weights are [E, B, T], zero where an expert is not chosen."""
-        every: Any = nn.vmap(
+        vmap: Any = nn.vmap
+        every = vmap(
             FeedForward,
             in_axes=(None, None),
             variable_axes={"params": 0, "lora": 0},
