@@ -2,11 +2,42 @@
 
 from ml_collections import ConfigDict
 
+FLOAT32 = {"param_dtype": "float32", "compute_dtype": "float32", "remat": "none"}
+"""For what fits anywhere, a laptop included."""
+BFLOAT16 = {"param_dtype": "bfloat16", "compute_dtype": "bfloat16", "remat": "dots"}
+"""For accelerators; the adapter stays in float32."""
+
 PRESETS = {
-    "smollm2_135m": {"param_dtype": "float32", "compute_dtype": "float32"},
+    "smollm2_135m": FLOAT32,
+    "smollm2_360m": FLOAT32,
+    "smollm2_1_7b": BFLOAT16,
+    "smollm3_3b": BFLOAT16,
+    "llama2_7b": BFLOAT16,
+    "llama2_13b": BFLOAT16,
+    "llama2_70b": BFLOAT16,
+    "llama3_1_8b": BFLOAT16,
+    "llama3_1_70b": BFLOAT16,
+    "llama3_2_1b": BFLOAT16,
+    "llama3_2_3b": BFLOAT16,
+    "mistral_7b": BFLOAT16,
+    "mixtral_8x7b": BFLOAT16,
+    "mixtral_8x22b": BFLOAT16,
+    "qwen2_5_0_5b": FLOAT32,
+    "qwen2_5_1_5b": BFLOAT16,
+    "qwen2_5_3b": BFLOAT16,
+    "qwen2_5_7b": BFLOAT16,
+    "qwen2_5_72b": BFLOAT16,
+    "qwen3_0_6b": FLOAT32,
+    "qwen3_4b": BFLOAT16,
+    "qwen3_8b": BFLOAT16,
+    "gemma2_2b": BFLOAT16,
+    "gemma2_9b": BFLOAT16,
+    "gemma3_1b": BFLOAT16,
+    "gpt2": FLOAT32,
+    "gpt2_medium": FLOAT32,
+    "gpt2_xl": BFLOAT16,
 }
 
 
 def get(name: str) -> ConfigDict:
-    shared = {"name": name, "path": "", "scan": True, "remat": "none"}
-    return ConfigDict(shared | PRESETS[name])
+    return ConfigDict({"name": name, "path": "", "scan": True} | PRESETS[name])

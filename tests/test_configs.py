@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 
 from configs import common, finetune, icl, models, study
 from ecomjax.experiments.config import from_config, to_dict
+from ecomjax.hf import presets
 
 ALL = [
     *(
@@ -88,3 +89,7 @@ def test_presets_fill_the_section_of_the_model():
     for name in models.PRESETS:
         assert isinstance(models.get(name), ConfigDict)
         assert models.get(name).name == name
+
+
+def test_every_known_model_has_a_preset():
+    assert set(models.PRESETS) == set(presets.PRESETS)

@@ -100,7 +100,7 @@ def assert_close(found, expected):
 
 def test_identity(loaded):
     preset = presets.PRESETS["smollm2_135m"]
-    assert loaded.identity.sha256 in (preset.wheel_sha256, preset.hub_sha256)
+    assert loaded.identity.sha256 in (preset.package.sha256, preset.hub_sha256)
     assert (loaded.tokenizer.vocab_size, loaded.config.vocab_size) == (49152, 49152)
     assert loaded.tokenizer.decode([loaded.tokenizer.eos_id]) == ""
     assert loaded.tokenizer.encode("<|im_end|>") == [loaded.tokenizer.eos_id]

