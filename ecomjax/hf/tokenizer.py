@@ -11,24 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from ecomjax.errors import UserError
+from ecomjax.hf import gguf_tokenizer, sentencepiece
 from ecomjax.hf.chat_template import ChatTemplate
 from ecomjax.hf.files import read_json, replace_file
 
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+SPECIAL_NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "cls_token",
+    "sep_token",
+    "mask_token",
+)
 """Names under which a tokenizer's config and chat template know its special tokens."""
 
 
 class Tokenizer:
     """A tokenizer of the `tokenizers` library with the ids and the template of a model.
 
+    Not every tokenizer has every special token: to ask for an id that there is none of
+    raises UserError.
+
     Attributes:
-        eos_id: ends a turn: generation stops there, and it is appended to targets. The
-            token that the chat template puts after what the assistant says, or, without
-            a template, the tokenizer's own end of text.
-        pad_id: fills slots that hold nothing.
+        special_ids: of the special tokens.
         vocab_size: one more than the largest id.
     """
 
@@ -50,74 +58,85 @@ class Tokenizer:
         self._backend, self._special, self._where = backend, dict(special), where
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._ids: dict[str, int] = {}
         for name, token in self._special.items():
-            if backend.token_to_id(token) is None:
+            index = backend.token_to_id(token)
+            if index is None:
                 raise UserError(
                     f"{name} {token!r} is not in the vocabulary", where, "correct the tokenizer"
                 )
+            self._ids[name] = index
         self._template: ChatTemplate | None = None
         if chat_template:
             self._template = ChatTemplate(chat_template, self._special, where)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.eos_id = self._end_of_turn()
-        self.pad_id = self._id("pad_token", self.eos_id)
+        if (end := self._end_of_turn()) is not None:
+            self._ids = {"pad_token": end} | self._ids | {"eos_token": end}
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
-        """Reads `tokenizer.json` and, where present, the config and chat template beside it."""
+        """Reads `tokenizer.json` or a SentencePiece model, and what stands beside it.
+
+        The config beside it says which tokens are special; where it does not, a
+        SentencePiece model does itself.
+        """
         folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(
-                "missing tokenizer.json",
-                str(folder),
-                "convert the tokenizer to the fast format with transformers and save it there",
-            )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
-            raise UserError(f"unreadable tokenizer: {error}", str(path), "fetch it again") from None
         fields: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
                 fields |= read_json(folder / name)
         special = {n: _content(fields[n]) for n in SPECIAL_NAMES if fields.get(n) is not None}
+        path, model = folder / "tokenizer.json", sentencepiece.find(folder)
+        if path.is_file():
+            backend = _read_fast(path)
+        elif model:
+            backend, own = sentencepiece.load(model, fields)
+            special = own | special
+        else:
+            raise UserError(
+                f"missing tokenizer.json, {' or '.join(sentencepiece.FILES)}",
+                str(folder),
+                "convert the tokenizer to the fast format with transformers and save it there",
+            )
         return cls(backend, special, _find_template(folder, fields), str(folder))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], where: str) -> Tokenizer:
         """Builds the tokenizer that the `tokenizer.*` metadata of a GGUF file describe."""
-        kind = metadata.get("tokenizer.ggml.model")
-        if kind != "gpt2":
-            raise UserError(
-                f"GGUF tokenizer model {kind!r}",
-                where,
-                "use a file with a byte-level BPE tokenizer ('gpt2')",
-            )
-        tokens = metadata.get("tokenizer.ggml.tokens", [])
-        merges = metadata.get("tokenizer.ggml.merges", [])
-        backend = _byte_level_bpe(tokens, merges, metadata.get("tokenizer.ggml.pre"), where)
-        kinds = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
-        if len(kinds) != len(tokens):
-            raise UserError(
-                f"GGUF tokenizer has {len(tokens)} tokens and {len(kinds)} token types",
-                where,
-                "fetch the file again",
-            )
-        for token, kind in zip(tokens, kinds, strict=True):
-            if kind in (_CONTROL, _USER_DEFINED):
-                special = kind == _CONTROL
-                backend.add_tokens([AddedToken(token, special=special, normalized=False)])
-        special = {}
-        for name, key in _GGUF_SPECIAL.items():
-            index = metadata.get(f"tokenizer.ggml.{key}_token_id")
-            if index is not None:
-                if index >= len(tokens):
-                    raise UserError(f"{name} id {index} is no token", where, "fetch the file again")
-                special[name] = tokens[index]
+        backend, special = gguf_tokenizer.load(metadata, where)
         return cls(backend, special, metadata.get("tokenizer.chat_template"), where)
+
+    @property
+    def eos_id(self) -> int:
+        """Ends a turn: generation stops there, and it is appended to targets.
+
+        The token that the chat template puts after what the assistant says, or, without a
+        template, the tokenizer's own end of text.
+        """
+        return self._id("eos_token")
+
+    @property
+    def pad_id(self) -> int:
+        """Fills slots that hold nothing; `eos_id` where there is no token for it."""
+        return self._id("pad_token")
+
+    @property
+    def cls_id(self) -> int:
+        """Opens what an encoder reads."""
+        return self._id("cls_token")
+
+    @property
+    def sep_id(self) -> int:
+        """Ends each part of what an encoder reads."""
+        return self._id("sep_token")
+
+    @property
+    def config_fields(self) -> dict[str, int]:
+        """What a model's config says of the end and of padding, where there are such tokens."""
+        names = ("eos_token", "pad_token")
+        return {f"{name}_id": self._ids[name] for name in names if name in self._ids}
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, nothing added; special tokens spelt in it are recognised."""
@@ -151,7 +170,8 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hash of all that decides about ids and conversations."""
         template = self._template.source if self._template else None
-        parts = [self._backend.to_str(), self._special, template, self.eos_id, self.pad_id]
+        ends = [self._ids.get("eos_token"), self._ids.get("pad_token")]
+        parts = [self._backend.to_str(), self._special, template, *ends]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -167,14 +187,12 @@ class Tokenizer:
         if self._template:
             replace_file(folder / "chat_template.jinja", self._template.source)
 
-    def _id(self, name: str, default: int | None = None) -> int:
-        token = self._special.get(name)
-        index = default if token is None else self._backend.token_to_id(token)
-        if index is None:
+    def _id(self, name: str) -> int:
+        if name not in self._ids:
             raise UserError(f"the tokenizer has no {name}", self._where, "name it in its config")
-        return index
+        return self._ids[name]
 
-    def _end_of_turn(self) -> int:
+    def _end_of_turn(self) -> int | None:
         if self._template:
             answer = "~answer~"
             turns = [{"role": "user", "content": "question"}]
@@ -183,7 +201,7 @@ class Tokenizer:
             after = self.encode(text.rpartition(answer)[2])
             if answer in text and after and after[0] in self.special_ids:
                 return after[0]
-        return self._id("eos_token")
+        return self._ids.get("eos_token")
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int, where: str) -> None:
@@ -201,56 +219,11 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int, where: str) -> None:
         )
 
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
-_GGUF_SPECIAL = {
-    "bos_token": "bos",
-    "eos_token": "eos",
-    "unk_token": "unknown",
-    "pad_token": "padding",
-}
-
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _pre_tokenizer(name: str | None) -> pre_tokenizers.PreTokenizer | None:
-    """What the GGUF names in `tokenizer.ggml.pre` stand for."""
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    match name:
-        case "gpt-2":
-            return byte_level
-        case "smollm":
-            digits = pre_tokenizers.Digits(individual_digits=True)
-            return pre_tokenizers.Sequence([digits, byte_level])
-        case "llama-bpe":
-            split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
-            bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-            return pre_tokenizers.Sequence([split, bytes_only])
-    return None
-
-
-def _byte_level_bpe(tokens, merges, pre: str | None, where: str) -> tokenizers.Tokenizer:
-    pre_tokenizer = _pre_tokenizer(pre)
-    if pre_tokenizer is None:
-        raise UserError(
-            f"unknown GGUF pre-tokenizer {pre!r}",
-            where,
-            "use a file whose tokenizer.ggml.pre is smollm, gpt-2 or llama-bpe",
-        )
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
-        raise UserError("the GGUF tokenizer lists a token twice", where, "fetch the file again")
+def _read_fast(path: Path) -> tokenizers.Tokenizer:
     try:
-        model = models.BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe")
+        return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
-        raise UserError(f"broken GGUF tokenizer: {error}", where, "fetch the file again") from None
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizer
-    backend.decoder = decoders.ByteLevel()
-    return backend
+        raise UserError(f"unreadable tokenizer: {error}", str(path), "fetch it again") from None
 
 
 def _content(token: Any) -> str:

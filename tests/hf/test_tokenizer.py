@@ -132,7 +132,6 @@ def test_truncation_and_padding_of_the_file_are_off(backend, tmp_path):
         ({"tokenizer_config.json": "{"}, "not a JSON file"),
         ({"tokenizer_config.json": "[]"}, "not a JSON object"),
         ({"tokenizer_config.json": '{"eos_token": "<nope>"}'}, "'<nope>' is not in the vocabulary"),
-        ({"tokenizer_config.json": "{}"}, "no eos_token"),
     ],
 )
 def test_broken_folders(backend, tmp_path, files, message):
@@ -142,6 +141,35 @@ def test_broken_folders(backend, tmp_path, files, message):
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_encoders_have_no_end_and_no_template(tmp_path):
+    """A WordPiece tokenizer of a BERT folder: text stays bare, [CLS] and [SEP] are known."""
+    transformers = pytest.importorskip("transformers")
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "shoe", "##s", "ü", "##ber"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.from_folder(tmp_path)
+    for text in ("The shoes", "über the [SEP] shoe", "日本"):
+        ids = ours.encode(text)
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+        assert [ours.cls_id, *ids, ours.sep_id] == theirs(text)["input_ids"]
+    assert ours.config_fields == {"pad_token_id": 0}
+    assert ours.fingerprint
+    with pytest.raises(UserError, match="no eos_token"):
+        _ = ours.eos_id
+    with pytest.raises(UserError, match="no chat template"):
+        ours.chat(MESSAGES)
+
+
+def test_ids_that_there_are_none_of(tokenizer, backend):
+    bare = Tokenizer(backend, {}, None, "there")
+    for name in ("eos", "pad", "cls", "sep"):
+        with pytest.raises(UserError, match=f"no {name}_token: there"):
+            getattr(bare, f"{name}_id")
+    assert bare.config_fields == {}
+    assert tokenizer.config_fields == {"eos_token_id": 2, "pad_token_id": 0}
 
 
 @pytest.mark.parametrize(("rows", "fits"), [(264, True), (320, True), (263, False), (265, False)])
