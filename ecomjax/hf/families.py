@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ecomjax.hf import gpt2, llama
+from ecomjax.hf import bert, gpt2, llama
 from ecomjax.hf.fields import refused
 from ecomjax.hf.rules import RuleTable
+from ecomjax.models.bert import BertConfig
 from ecomjax.models.config import ModelConfig
 from ecomjax.models.gpt2 import GPT2Config
+from ecomjax.models.heads import SequenceClassifierConfig, TokenClassifierConfig
 from ecomjax.models.llama import LlamaConfig
 
-_BY_CONFIG: dict[type[ModelConfig], Any] = {LlamaConfig: llama, GPT2Config: gpt2}
+_BY_CONFIG: dict[type[ModelConfig], Any] = {
+    LlamaConfig: llama,
+    GPT2Config: gpt2,
+    BertConfig: bert,
+    SequenceClassifierConfig: bert,
+    TokenClassifierConfig: bert,
+}
 _BY_MODEL_TYPE = {name: family for family in _BY_CONFIG.values() for name in family.MODEL_TYPES}
 
 

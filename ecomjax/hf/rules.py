@@ -132,6 +132,9 @@ class RuleTable:
     """Regular expression of whole names that carry nothing, such as saved constants."""
     prefix: str = ""
     """Start of names that checkpoints of the bare model leave out."""
+    spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Regular expressions of parts of names that some checkpoints spell otherwise, and how the
+    rules spell them."""
 
     def import_params(self, tensors: Mapping[str, np.ndarray], dtype: str, where: str) -> Params:
         """Our tree from their tensors.
@@ -141,8 +144,7 @@ class RuleTable:
             dtype: a key of `DTYPES`.
             where: the file or folder, for error messages.
         """
-        if self.prefix and not any(name.startswith(self.prefix) for name in tensors):
-            tensors = _Renamed({self.prefix + name: name for name in tensors}, tensors)
+        tensors = self._as_spelled(tensors, where)
         self._check_names(tensors, where)
         flat = {}
         for rule in self.rules:
@@ -158,6 +160,26 @@ class RuleTable:
                     "correct the config or the weights",
                 )
         return trees.unflatten(flat)
+
+    def _as_spelled(
+        self, tensors: Mapping[str, np.ndarray], where: str
+    ) -> Mapping[str, np.ndarray]:
+        """The tensors under the names that the rules have for them."""
+        bare = not any(name.startswith(self.prefix) for name in tensors)
+        complete = {name for rule in self.rules for _, name in rule.names(self.sizes)}
+        names: dict[str, str] = {}
+        for name in tensors:
+            spelled = self.prefix + name if bare and name not in complete else name
+            for pattern, instead in self.spellings.items():
+                spelled = re.sub(pattern, instead, spelled)
+            if spelled in names:
+                raise UserError(
+                    f"tensors {names[spelled]!r} and {name!r} are both {spelled!r}",
+                    where,
+                    "use weights that hold each tensor once",
+                )
+            names[spelled] = name
+        return _Renamed(names, tensors)
 
     def _check_names(self, tensors: Mapping[str, Any], where: str) -> None:
         expected = {name for rule in self.rules for _, name in rule.names(self.sizes)}

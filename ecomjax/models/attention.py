@@ -47,6 +47,16 @@ def make_mask(
     return (before & related(query_segments, key_segments)) | (itself & padding)
 
 
+def make_bidirectional_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """Which slots each slot of an encoder sees: those of its own segment, before and after it.
+
+    A padding slot sees itself alone, so that its softmax stays finite.
+    """
+    keys, queries = segment_ids[:, None, :], segment_ids[:, :, None]
+    itself = jnp.eye(segment_ids.shape[1], dtype=bool)[None]
+    return itself | ((keys == queries) & (queries != PADDING_SEGMENT))
+
+
 def related(
     query_segments: Int[Array, "B T"], key_segments: Int[Array, "#B S"]
 ) -> Bool[Array, "B T S"]:

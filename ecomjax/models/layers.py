@@ -75,7 +75,7 @@ class Linear(nn.Module):
         if self.use_bias:
             init = declare(nn.initializers.zeros, self.axes[self.inputs :])
             bias: Any = self.param("bias", init, self.out, self.param_dtype)
-            y = y + bias.reshape(-1).astype(self.dtype)
+            y = y + _broadcast(bias.reshape(-1).astype(self.dtype), y)
         if self.has_variable("lora", "kernel"):
             leaf = self.get_variable("lora", "kernel")
             key = self.make_rng("dropout") if self.has_rng("dropout") else None

@@ -10,8 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from ecomjax import trees
+from ecomjax.models.bert import Bert, BertConfig
 from ecomjax.models.config import ModelConfig
 from ecomjax.models.gpt2 import GPT2, GPT2Config
+from ecomjax.models.heads import (
+    SequenceClassifier,
+    SequenceClassifierConfig,
+    TokenClassifier,
+    TokenClassifierConfig,
+)
 from ecomjax.models.layers import DeclaredAxes
 from ecomjax.models.llama import Llama, LlamaConfig
 from ecomjax.typing import Params
@@ -19,6 +26,9 @@ from ecomjax.typing import Params
 FAMILIES: dict[type[ModelConfig], type[nn.Module]] = {
     LlamaConfig: Llama,
     GPT2Config: GPT2,
+    BertConfig: Bert,
+    SequenceClassifierConfig: SequenceClassifier,
+    TokenClassifierConfig: TokenClassifier,
 }
 
 
