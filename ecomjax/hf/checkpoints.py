@@ -15,7 +15,7 @@ import numpy as np
 
 from ecomjax import trees
 from ecomjax.errors import UserError
-from ecomjax.hf import families
+from ecomjax.hf import families, sentencepiece
 from ecomjax.hf.files import read_json, replace_file, replace_folder, sha256_of
 from ecomjax.hf.gguf import GGUFFile
 from ecomjax.hf.presets import PRESETS, Preset
@@ -27,7 +27,8 @@ from ecomjax.typing import Params
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*"
 _ALLOWED = re.compile(rf"{_NAME}(/{_NAME})?")
-_HUB_FILES = ["*.safetensors", "*.json", "chat_template.jinja"]
+_TOKENIZERS = {"tokenizer.json", *sentencepiece.FILES}
+_HUB_FILES = ["*.safetensors", "*.json", "chat_template.jinja", *sentencepiece.FILES]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +134,8 @@ def _from_hub(repository: str, revision: str | None) -> tuple[str, str]:
         )
     except Exception as error:
         return "", reason or str(error).partition("\n")[0]
-    missing = {"config.json", "tokenizer.json"} - set(os.listdir(folder))
-    if missing or not {SINGLE, INDEX} & set(os.listdir(folder)):
+    needed = ({"config.json"}, _TOKENIZERS, {SINGLE, INDEX})
+    if not all(names & set(os.listdir(folder)) for names in needed):
         return "", reason or "the snapshot is not complete"
     return folder, ""
 
@@ -197,7 +198,7 @@ def save_pretrained(
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes a Hugging Face folder, all or nothing; transformers loads it."""
-    eos: dict[str, Any] = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    eos = tokenizer.config_fields
     with replace_folder(folder) as new:
         write_folder(new, families.rule_table(config).export_tensors(params), max_shard_bytes)
         fields = families.config_to_hf(config) | eos

@@ -13,6 +13,7 @@ from ecomjax.errors import UserError
 from ecomjax.hf import checkpoints, presets
 from ecomjax.hf.checkpoints import load_pretrained, save_pretrained
 from ecomjax.hf.files import replace_folder, sha256_of
+from ecomjax.hf.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -78,6 +79,22 @@ def test_half_a_snapshot_is_none(preset, folder, monkeypatch, name):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(folder))
     with pytest.raises(UserError, match="no weights of 'tiny' found"):
         load_pretrained("tiny")
+
+
+def test_a_snapshot_may_hold_a_sentencepiece_model(preset, folder, monkeypatch):
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(folder))
+    with pytest.raises(UserError, match=r"unreadable tokenizer: .*tokenizer\.model"):
+        load_pretrained("tiny")
+
+
+def test_models_without_an_end(config, params, backend, tmp_path):
+    padded = Tokenizer(backend, {"pad_token": "<|endoftext|>"}, None, "test")
+    save_pretrained(tmp_path / "out", config, params, padded)
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((tmp_path / "out" / name).read_text())
+        assert fields["pad_token_id"] == 0 and "eos_token_id" not in fields
+    assert load_pretrained("any", str(tmp_path / "out")).tokenizer.pad_id == 0
 
 
 def test_hub_weights_are_pinned(preset, folder, monkeypatch):
