@@ -19,6 +19,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -26,6 +27,7 @@ import numpy as np
 
 from ecomjax import trees
 from ecomjax.errors import UserError
+from ecomjax.sharding import build_array
 from ecomjax.typing import Params
 
 DTYPES: dict[str, Any] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -136,22 +138,35 @@ class RuleTable:
     """Regular expressions of parts of names that some checkpoints spell otherwise, and how the
     rules spell them."""
 
-    def import_params(self, tensors: Mapping[str, np.ndarray], dtype: str, where: str) -> Params:
-        """Our tree from their tensors.
+    def import_params(
+        self,
+        tensors: Mapping[str, np.ndarray],
+        dtype: str,
+        where: str,
+        shardings: Params | None = None,
+    ) -> Params:
+        """Our tree from their tensors, as numpy arrays, or with shardings on their devices.
+
+        With shardings the host holds one tensor and one part of a leaf at a time, whatever
+        the model's size; two tensors where one is held against its copy.
 
         Args:
-            tensors: name to array; each is read once, when it is needed.
+            tensors: name to array; each is read when it is needed, once, or with shardings
+                once for each part of a leaf that needs some of it.
             dtype: a key of `DTYPES`.
             where: the file or folder, for error messages.
+            shardings: a `jax.sharding.Sharding` for every leaf.
         """
         tensors = self._as_spelled(tensors, where)
         self._check_names(tensors, where)
-        flat = {}
+        flat, own = {}, None if shardings is None else trees.flatten(shardings)
         for rule in self.rules:
-            leaf = np.empty(rule.our_shape(self.sizes), DTYPES[dtype])
-            for index, name in rule.names(self.sizes):
-                leaf[index] = rule.to_ours(self._read(tensors, name, rule, where), self.sizes)
-            flat[rule.ours] = leaf
+            shape = rule.our_shape(self.sizes)
+            part = partial(self._part, tensors, rule, DTYPES[dtype], where)
+            if own is None:
+                flat[rule.ours] = part((slice(None),) * len(shape))
+            else:
+                flat[rule.ours] = build_array(shape, own[rule.ours], part)
         for copy, original in self.copies.items():
             if copy in tensors and not np.array_equal(tensors[copy], tensors[original]):
                 raise UserError(
@@ -160,6 +175,22 @@ class RuleTable:
                     "correct the config or the weights",
                 )
         return trees.unflatten(flat)
+
+    def _part(
+        self, tensors, rule: Rule, dtype: Any, where: str, cut: tuple[slice, ...]
+    ) -> np.ndarray:
+        """What the slices cut out of a leaf; no two tensors are held at once."""
+        sizes = rule.our_shape(self.sizes)
+        kept = [range(*own.indices(size)) for own, size in zip(cut, sizes, strict=True)]
+        part = np.empty([len(own) for own in kept], dtype)
+        depth = len(rule.placeholders)
+        for index, name in rule.names(self.sizes):
+            if all(i in own for i, own in zip(index, kept[:depth], strict=True)):
+                at = tuple(own.index(i) for i, own in zip(index, kept[:depth], strict=True))
+                tensor = rule.to_ours(self._read(tensors, name, rule, where), self.sizes)
+                part[at] = tensor[cut[depth:]]
+                del tensor
+        return part
 
     def _as_spelled(
         self, tensors: Mapping[str, np.ndarray], where: str

@@ -1,10 +1,16 @@
 """Rule tables: layouts as einops would read them, both ways strict."""
 
+import tracemalloc
+import weakref
+from collections.abc import Mapping
+
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from ecomjax import trees
+from ecomjax import sharding, trees
 from ecomjax.errors import UserError
 from ecomjax.hf import llama
 from ecomjax.hf.rules import Rule, RuleTable
@@ -60,6 +66,84 @@ def test_import_casts(tensors, stored, dtype):
 def test_what_carries_nothing_may_be_there(tensors):
     extra = {"const1": np.zeros(1), "twin": tensors["norm"]}
     TABLE.import_params(tensors | extra, "float32", "test")
+
+
+class Lazy(Mapping):
+    """Makes each tensor when it is read; sees to it that those read before are gone."""
+
+    def __init__(self, shapes):
+        self.shapes, self.reads, self.last = shapes, [], None
+
+    def __getitem__(self, name):
+        assert self.last is None or self.last() is None, f"{self.reads[-1]} is still held"
+        tensor = np.random.default_rng(len(name)).standard_normal(self.shapes[name], np.float32)
+        self.last = weakref.ref(tensor)
+        self.reads.append(name)
+        return tensor
+
+    def __iter__(self):
+        return iter(self.shapes)
+
+    def __len__(self):
+        return len(self.shapes)
+
+
+LARGE = RuleTable(
+    rules=(
+        Rule("h.{layer}.q", "layers/q", "(N H) D -> D N H"),
+        Rule("h.{layer}.moe.{expert}.up", "layers/up", "F D -> D F"),
+        Rule("embed", "embed", "V D -> V D"),
+    ),
+    sizes={"L": 2, "E": 4, "N": 8, "H": 16, "D": 512, "F": 256, "V": 1024},
+)
+SPECS = {
+    "layers": {
+        "q": PartitionSpec(None, "fsdp", "tensor", None),
+        "up": PartitionSpec(None, "expert", "fsdp", "tensor"),
+    },
+    "embed": PartitionSpec("tensor"),
+}
+
+
+@pytest.fixture
+def lazy():
+    named = {name: rule for rule in LARGE.rules for _, name in rule.names(LARGE.sizes)}
+    return Lazy({name: rule.shape(LARGE.sizes) for name, rule in named.items()})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_import_to_devices(lazy, dtype):
+    expected = LARGE.import_params(lazy, dtype, "test")
+    # The checks of annotations read the first one too.
+    names = ["h.1.q", "h.1.moe.3.up", "embed"]
+    assert [lazy.reads.count(name) for name in names] == [1, 1, 1]
+    lazy.reads.clear()
+    shardings = sharding.shardings(SPECS, sharding.make_mesh(1, 2, 2, 2))
+    params = LARGE.import_params(lazy, dtype, "test", shardings)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    for path, leaf in trees.flatten(params).items():
+        assert leaf.dtype == dtype
+        assert leaf.sharding == trees.flatten(shardings)[path]
+    # An expert is read for its own devices only, in parts of two by two; the table in two parts.
+    assert [lazy.reads.count(name) for name in names] == [4, 4, 2]
+
+
+def test_import_to_devices_holds_one_part_and_one_tensor(lazy, monkeypatch):
+    """What has reached a device counts no more."""
+    put = jax.device_put
+    # On CPU a device shares memory with numpy; its own copy is not traced.
+    monkeypatch.setattr(jax, "device_put", lambda x, device: put(x, device).copy())
+    mesh = sharding.make_mesh(1, 2, 2, 2)
+    shardings = sharding.shardings(SPECS, mesh)
+    LARGE.import_params(lazy, "float32", "test", shardings)  # Loads and compiles what jax needs.
+    tracemalloc.start()
+    try:
+        LARGE.import_params(lazy, "float32", "test", shardings)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    tensor, part = (n * 512 * 4 for n in (1024, 512))
+    assert tensor + part <= peak < tensor + 2 * part
 
 
 @pytest.mark.parametrize(
