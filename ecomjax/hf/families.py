@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ecomjax.hf import bert, gpt2, llama
+from ecomjax.hf import bert, gpt2, llama, mixtral
 from ecomjax.hf.fields import refused
 from ecomjax.hf.rules import RuleTable
 from ecomjax.models.bert import BertConfig
@@ -14,14 +14,25 @@ from ecomjax.models.gpt2 import GPT2Config
 from ecomjax.models.heads import SequenceClassifierConfig, TokenClassifierConfig
 from ecomjax.models.llama import LlamaConfig
 
-_BY_CONFIG: dict[type[ModelConfig], Any] = {
-    LlamaConfig: llama,
-    GPT2Config: gpt2,
-    BertConfig: bert,
-    SequenceClassifierConfig: bert,
-    TokenClassifierConfig: bert,
+_BY_CONFIG: dict[type[ModelConfig], tuple[Any, ...]] = {
+    LlamaConfig: (llama, mixtral),
+    GPT2Config: (gpt2,),
+    BertConfig: (bert,),
+    SequenceClassifierConfig: (bert,),
+    TokenClassifierConfig: (bert,),
 }
-_BY_MODEL_TYPE = {name: family for family in _BY_CONFIG.values() for name in family.MODEL_TYPES}
+_BY_MODEL_TYPE = {
+    name: family
+    for families in _BY_CONFIG.values()
+    for family in families
+    for name in family.MODEL_TYPES
+}
+
+
+def _family(config: Any) -> Any:
+    """Where modules share a config class, its model type says which is meant."""
+    families = _BY_CONFIG[type(config)]
+    return families[0] if len(families) == 1 else _BY_MODEL_TYPE[config.model_type]
 
 
 def config_from_hf(fields: Mapping[str, Any], where: str, **overrides: Any) -> Any:
@@ -44,9 +55,9 @@ def config_from_hf(fields: Mapping[str, Any], where: str, **overrides: Any) -> A
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The content of a `config.json` for a config of ours."""
-    return _BY_CONFIG[type(config)].config_to_hf(config)
+    return _family(config).config_to_hf(config)
 
 
 def rule_table(config: ModelConfig) -> RuleTable:
     """The rules between the tensors of a checkpoint and our parameters."""
-    return _BY_CONFIG[type(config)].rule_table(config)
+    return _family(config).rule_table(config)
