@@ -7,12 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 
 from ecomjax import trees
-from ecomjax.hf import families
-from ecomjax.hf.files import read_json
-from ecomjax.hf.safetensors_io import SafetensorsFolder
+from ecomjax.hf.checkpoints import load_pretrained, save_pretrained
 from ecomjax.models import registry
 from ecomjax.models.heads import mean_pool
 
@@ -35,24 +32,19 @@ def folder():
 
 
 @pytest.fixture(scope="module")
-def encoder(folder):
-    """(module, parameters)."""
-    where = os.path.join(folder, "config.json")
-    config = families.config_from_hf(read_json(where), where)
-    table = families.rule_table(config)
-    params = table.import_params(SafetensorsFolder(folder), "float32", folder)
-    return registry.build(config), params
+def loaded(folder):
+    return load_pretrained("minilm", folder)
 
 
 @pytest.fixture(scope="module")
-def rows(folder):
+def rows(loaded):
     """Tokens [B, T] and where there are any."""
-    tokenizer = tokenizers.Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.enable_padding()
-    encoded = tokenizer.encode_batch(TEXTS)
-    names = ("ids", "attention_mask")
-    return [np.array([getattr(x, name) for x in encoded], np.int32) for name in names]
+    tokenizer = loaded.tokenizer
+    ids = [[tokenizer.cls_id, *tokenizer.encode(text), tokenizer.sep_id] for text in TEXTS]
+    longest = max(map(len, ids))
+    tokens = [row + [tokenizer.pad_id] * (longest - len(row)) for row in ids]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in ids]
+    return np.array(tokens, np.int32), np.array(mask, np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +59,24 @@ def expected(folder, rows):
 
 
 @pytest.fixture(scope="module")
-def hidden(encoder, rows):
-    model, params = encoder
+def hidden(loaded, rows):
     tokens, mask = rows
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    return np.asarray(jax.jit(model.apply)({"params": params}, tokens, positions, mask))
+    model = registry.build(loaded.config)
+    return np.asarray(jax.jit(model.apply)({"params": loaded.params}, tokens, positions, mask))
 
 
-def test_size(encoder):
+def test_size(loaded):
     """The published number counts the pooler, which sentence vectors do not read."""
-    assert trees.count(encoder[1]) == 22_713_216 - 384 * 385
+    assert trees.count(loaded.params) == 22_713_216 - 384 * 385
+
+
+def test_tokens(folder, rows):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = tokenizer(TEXTS, padding=True)
+    np.testing.assert_array_equal(rows[0], theirs["input_ids"])
+    np.testing.assert_array_equal(rows[1], theirs["attention_mask"])
 
 
 def test_hidden_states(rows, hidden, expected):
@@ -92,3 +92,20 @@ def test_sentence_vectors(rows, hidden, expected):
     np.testing.assert_allclose(vectors, means, atol=1e-5)
     similar = vectors @ vectors[0]
     assert similar[1] > 0.5 > similar[2]
+
+
+def test_saved_again(loaded, rows, expected, tmp_path):
+    """transformers reads the encoder and its tokenizer from what we write."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    save_pretrained(tmp_path / "out", loaded.config, loaded.params, loaded.tokenizer)
+    model, info = transformers.AutoModel.from_pretrained(
+        tmp_path / "out", add_pooling_layer=False, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    fields = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    np.testing.assert_array_equal(rows[0], fields["input_ids"])
+    with torch.no_grad():
+        again = model.eval()(**fields).last_hidden_state.numpy()
+    np.testing.assert_allclose(again, expected, atol=1e-6)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from ecomjax import trees
+from ecomjax.adapters import lora
+from ecomjax.adapters.rules import LoraRule
 from ecomjax.models import heads, registry
 from ecomjax.models.bert import Bert
 
@@ -128,3 +130,26 @@ def test_mean_pool_of_nothing_has_a_gradient():
     gradient = jax.grad(lambda x: heads.mean_pool(x, segments, 2, True)[..., 0].sum())(hidden)
     assert np.isfinite(gradient).all()
     assert np.asarray(gradient)[0, :2].any() and not np.asarray(gradient)[0, 2].any()
+
+
+def test_adapters_reach_the_encoder_and_not_the_head(sequences):
+    model, params = make(heads.SequenceClassifierConfig)
+    _, axes = registry.describe(model)
+    _, adapter = lora.init(params, axes, [LoraRule(rank=3)], jax.random.key(0, impl="rbg"))
+    rng = np.random.default_rng(0)
+    adapter = trees.map_leaves(
+        lambda leaf: leaf.replace(b=jnp.asarray(0.1 * rng.standard_normal(leaf.b.shape, "f4"))),
+        adapter,
+    )
+    assert adapter.keys() == {"encoder"} and len(trees.flatten(adapter)) == 6
+    run = jax.jit(model.apply)
+    base, side, fused = (
+        np.asarray(run(variables, *pack(sequences, 16)))
+        for variables in (
+            {"params": params},
+            {"params": params, "lora": adapter},
+            {"params": lora.fuse(params, adapter)},
+        )
+    )
+    assert_close(side, fused)
+    assert np.abs(side - base).max() > 0.1
