@@ -20,6 +20,15 @@ def test_default_is_every_linear_but_the_head():
     assert resolve([rule], AXES) == {"layers/q/kernel": rule, "layers/o/kernel": rule}
 
 
+def test_default_finds_every_stack_and_leaves_routers_out():
+    kernel = {"kernel": ParamAxes(("layers", "embed", "ffn"), 1)}
+    block = {"mlp": {"router": kernel, "router_free": kernel, "experts": {"up": kernel}}}
+    axes = {"encoder": {"layers": block}, "decoder": {"layers": block}, "router": block}
+    paths = ("mlp/router_free/kernel", "mlp/experts/up/kernel")
+    expected = {f"{stack}/layers/{path}" for stack in ("encoder", "decoder") for path in paths}
+    assert set(resolve([LoraRule()], axes)) == expected
+
+
 def test_the_last_rule_that_matches_wins():
     wide, narrow = LoraRule(".*/kernel", rank=8), LoraRule(".*/q/kernel", rank=2)
     both = {"layers/q/kernel": narrow, "layers/o/kernel": wide, "lm_head/kernel": wide}

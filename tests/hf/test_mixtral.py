@@ -1,4 +1,4 @@
-"""Mixtral against transformers: tiny, random, every number off its default."""
+"""What Mixtral has besides a decoder: experts, their dispatch and the balance of their load."""
 
 import dataclasses
 import json
@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from ecomjax import trees
 from ecomjax.adapters import lora
 from ecomjax.adapters.rules import LoraRule
 from ecomjax.errors import UserError
-from ecomjax.hf import checkpoints, families
+from ecomjax.hf import families
+from ecomjax.hf.checkpoints import Identity
+from ecomjax.hf.peft import WEIGHTS, read_adapter, write_adapter
 from ecomjax.hf.safetensors_io import SafetensorsFolder
 from ecomjax.models import registry
 
@@ -135,24 +138,6 @@ def test_logits_and_balance_are_those_of_transformers(
     assert abs(balance - 3) > 1e-3
 
 
-def test_saved_and_loaded_by_both(torch_model, folder, config, params, tokens, tokenizer, tmp_path):
-    import transformers
-
-    tokenizer.save(folder)
-    loaded = checkpoints.load_pretrained("tiny", str(folder))
-    assert loaded.config == config
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
-    checkpoints.save_pretrained(tmp_path / "ours", config, params, tokenizer)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
-    )
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert model.config.router_aux_loss_coef == 0.3
-    ours = {name: tensor for name, tensor in model.state_dict().items()}
-    for name, tensor in torch_model.state_dict().items():
-        np.testing.assert_array_equal(ours[name].numpy(), tensor.numpy(), err_msg=name)
-
-
 def test_the_published_names(folder, config):
     """What transformers writes is what is published: a tensor for every expert."""
     names = set(SafetensorsFolder(folder))
@@ -162,11 +147,9 @@ def test_the_published_names(folder, config):
     assert names == {name for rule in table.rules for _, name in rule.names(table.sizes)}
 
 
-def test_lora_on_every_linear_layer_but_the_router(config, params, tokens):
+def test_lora_in_both_dispatches(config, params, tokens):
     _, axes = registry.describe(registry.build(config))
     _, adapter = lora.init(params, axes, [LoraRule(rank=3, alpha=7.0)], jax.random.key(0))
-    linear = {p for p, a in trees.flatten(axes).items() if p.startswith("layers/") and a.inputs}
-    assert set(trees.flatten(adapter)) == linear - {"layers/mlp/router/kernel"}
     shaken = trees.map_leaves(lambda leaf: leaf.replace(b=leaf.b + 0.05), adapter)
     mask = np.ones(tokens.shape, np.int32)
     positions = np.cumsum(mask, axis=1, dtype=np.int32) - 1
@@ -179,20 +162,25 @@ def test_lora_on_every_linear_layer_but_the_router(config, params, tokens):
         assert_close(side, merged)
 
 
+def test_adapters_round_trip(config, params, tmp_path):
+    """In PEFT's layout every expert is a module."""
+    _, axes = registry.describe(registry.build(config))
+    _, adapter = lora.init(params, axes, [LoraRule(rank=3)], jax.random.key(0))
+    base = Identity("tiny", "local", "tiny", "0" * 64, "0" * 64)
+    write_adapter(tmp_path / "adapter", adapter, config, base)
+    again = read_adapter(tmp_path / "adapter", config, base)
+    assert trees.flatten(again).keys() == trees.flatten(adapter).keys()
+    jax.tree.map(np.testing.assert_array_equal, again, adapter)
+    names = load_file(tmp_path / "adapter" / WEIGHTS)
+    expert = "base_model.model.model.layers.2.block_sparse_moe.experts.4.w3"
+    up = adapter["layers"]["mlp"]["experts"]["up"]["kernel"]
+    np.testing.assert_array_equal(names[f"{expert}.lora_A.weight"].T, up.a[2, 4])
+
+
 def test_config_round_trip(config):
     assert (config.experts, config.experts_per_token, config.balance_coefficient) == (5, 3, 0.3)
     fields = json.loads(json.dumps(families.config_to_hf(config)))
     assert families.config_from_hf(fields, "config.json") == config
-
-
-def test_fields_that_configs_leave_out():
-    """Mean what transformers takes them for."""
-    transformers = pytest.importorskip("transformers")
-    bare = {key: FIELDS[key] for key in ("vocab_size", "num_hidden_layers", "intermediate_size")}
-    bare |= {"hidden_size": 64, "num_attention_heads": 32}
-    full = transformers.MixtralConfig(**bare).to_json_string(use_diff=False)
-    ours = families.config_from_hf(bare | {"model_type": "mixtral"}, "config.json")
-    assert ours == families.config_from_hf(json.loads(full), "config.json")
 
 
 @pytest.mark.parametrize(
