@@ -13,19 +13,25 @@ from ecomjax.adapters import lora
 from ecomjax.adapters.rules import LoraRule
 from ecomjax.errors import UserError
 from ecomjax.models import registry
+from ecomjax.models.bert import BertConfig
 from ecomjax.models.gpt2 import GPT2Config
+from ecomjax.models.heads import SequenceClassifierConfig, TokenClassifierConfig
 from ecomjax.models.llama import LlamaConfig
 from ecomjax.training.losses import causal_lm
 from ecomjax.typing import Batch, ParamAxes
 
 LLAMA = {"vocab_size": 64, "width": 24, "layers": 2, "heads": 8, "kv_heads": 2, "head_dim": 6}
 EXPERTS = {"experts": 4, "experts_per_token": 2, "balance_coefficient": 0.5}
+ENCODER = {"vocab_size": 61, "width": 24, "layers": 2, "heads": 6, "ffn": 40, "max_positions": 33}
 CASES = {
     "llama": LlamaConfig(**LLAMA, ffn=40),
     "llama_unrolled": LlamaConfig(**LLAMA, ffn=40, scan=False),
     "mixtral_ragged": LlamaConfig(**LLAMA, ffn=40, **EXPERTS),
     "mixtral_dense": LlamaConfig(**LLAMA, ffn=40, **EXPERTS, dispatch="dense"),
     "gpt2": GPT2Config(vocab_size=61, width=24, layers=2, heads=6, ffn=40, max_positions=33),
+    "bert": BertConfig(**ENCODER),
+    "sequences": SequenceClassifierConfig(**ENCODER, labels=("a", "b", "c")),
+    "tokens": TokenClassifierConfig(**ENCODER, labels=("a", "b", "c")),
 }
 """A tiny config for each family of the registry."""
 
@@ -41,6 +47,10 @@ def mesh(request):
 @pytest.fixture(scope="module", params=CASES)
 def config(request):
     return CASES[request.param]
+
+
+def test_every_family_has_a_case():
+    assert {type(config) for config in CASES.values()} == set(registry.FAMILIES)
 
 
 def random_params(shapes):
