@@ -72,7 +72,7 @@ def attend(
     *,
     scale: float | None = None,
     softcap: float = 0.0,
-    bias: Float[Array, "B N T S"] | None = None,
+    bias: Float[Array, "#B N T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale q k^T + bias) v over the slots of all parts together, in float32.
 
@@ -201,7 +201,7 @@ class View(NamedTuple):
     mask: Bool[Array, "B T S"]
     rotation: tuple[Int[Array, "B T"], Float[Array, "half"]] | None = None
     """Positions and inverse frequencies of the rotary embedding, where there is one."""
-    bias: Float[Array, "B N T S"] | None = None
+    bias: Float[Array, "#B N T S"] | None = None
     prefix: tuple[KeyValues, Bool[Array, "B T P"]] | None = None
     """Slots that stand before all rows."""
     layer: Int[Array, ""] | None = None
@@ -271,6 +271,55 @@ class Attention(nn.Module):
         axes = ("heads", "head_dim", "embed")
         project = Linear((self.width,), axes, 2, self.out_bias, name="o", **types)
         return project(out, adapter_index), cache
+
+
+class CrossAttention(nn.Module):
+    """Attention of one layer to slots of other sequences, the sources.
+
+    Their keys and values are projected once (`remember`), however often they are read.
+
+    Attributes:
+        heads, head_dim, width: N, H, D.
+        use_bias: whether the projections have biases.
+        scale: see `attend`.
+    """
+
+    heads: int
+    head_dim: int
+    width: int
+    use_bias: bool = False
+    scale: float | None = None
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def setup(self):
+        given = {
+            "use_bias": self.use_bias,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+        }
+        out = (self.heads, self.head_dim)
+        self.q = Linear(out, ("embed", "heads", "head_dim"), **given)
+        self.k = Linear(out, ("embed", "kv_heads", "head_dim"), **given)
+        self.v = Linear(out, ("embed", "kv_heads", "head_dim"), **given)
+        self.o = Linear((self.width,), ("heads", "head_dim", "embed"), 2, **given)
+
+    def remember(
+        self, x: Float[Array, "B S D"], adapter_index: Int[Array, "B"] | None = None
+    ) -> KeyValues:
+        """Keys and values of the sources' hidden states."""
+        k, v = self.k(x, adapter_index), self.v(x, adapter_index)
+        return KeyValues(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        sources: tuple[KeyValues, Bool[Array, "B T S"]],
+        adapter_index: Int[Array, "B"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Output for what is remembered of the sources, and the slots of them each x sees."""
+        q = self.q(x, adapter_index)
+        return self.o(attend(q, [sources], scale=self.scale), adapter_index)
 
 
 def empty_cache(

@@ -45,6 +45,7 @@ class OfAll(NamedTuple):
     distance: Int[Array, "B T S"] | None = None
     """Positions from key to query, where some layer has a window."""
     prefix_distance: Int[Array, "B T P"] | None = None
+    bias: Float[Array, "#B N T S"] | None = None
 
 
 def view_of(own: OfLayer, shared: OfAll) -> View:
@@ -57,6 +58,7 @@ def view_of(own: OfLayer, shared: OfAll) -> View:
     return View(
         mask,
         rotation=None if own.inverse is None else (shared.positions, own.inverse),
+        bias=shared.bias,
         prefix=None if own.prefix is None else (own.prefix, prefix_mask),
         layer=own.layer,
         first_slot=shared.first_slot,
@@ -83,6 +85,12 @@ class Decoder(nn.Module):
     def of_layers(self) -> OfLayer:
         """What differs by layer; a family adds to it."""
         return OfLayer(jnp.arange(self.config.layers, dtype=jnp.int32))
+
+    def bias(
+        self, positions: Int[Array, "B T"], key_positions: Int[Array, "B S"]
+    ) -> Float[Array, "B N T S"] | None:
+        """What all layers add to the scores, by positions; a family may have it."""
+        del positions, key_positions
 
     def __call__(
         self,
@@ -139,6 +147,7 @@ class Decoder(nn.Module):
             make_mask(segment_ids, key_segments, first_slot),
             None,
             first_slot,
+            bias=self.bias(positions, key_positions),
         )
         if own.window is not None:
             shared = shared._replace(distance=_distance(positions, key_positions))

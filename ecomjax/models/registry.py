@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ecomjax import trees
+from ecomjax.models.bart import Bart, BartConfig
 from ecomjax.models.bert import Bert, BertConfig
 from ecomjax.models.config import ModelConfig
 from ecomjax.models.gpt2 import GPT2, GPT2Config
@@ -21,6 +22,7 @@ from ecomjax.models.heads import (
 )
 from ecomjax.models.layers import DeclaredAxes
 from ecomjax.models.llama import Llama, LlamaConfig
+from ecomjax.models.t5 import T5, T5Config
 from ecomjax.typing import Params
 
 FAMILIES: dict[type[ModelConfig], type[nn.Module]] = {
@@ -29,6 +31,8 @@ FAMILIES: dict[type[ModelConfig], type[nn.Module]] = {
     BertConfig: Bert,
     SequenceClassifierConfig: SequenceClassifier,
     TokenClassifierConfig: TokenClassifier,
+    T5Config: T5,
+    BartConfig: Bart,
 }
 
 
