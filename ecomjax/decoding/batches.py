@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ecomjax.decoding import prefix as prefixes
 from ecomjax.errors import UserError
+from ecomjax.models.encoder_decoder import Memory
 from ecomjax.typing import PADDING_SEGMENT, KVCache
 
 OWN_SEGMENT = 1
@@ -26,13 +29,16 @@ class Limits:
         max_new_tokens: tokens a row may get, end token included.
         end: id of the token that ends a row.
         batch_size: prompts decoded together; results do not depend on it.
-        window: most slots a prompt and its answer may take together.
+        window: most slots a prompt and its answer may take together, or, where the prompt
+            is the source of an encoder-decoder, each.
+        start: tokens that the answers of an encoder-decoder open with; of a decoder none.
     """
 
     max_new_tokens: int
     end: int
     batch_size: int = 16
     window: int = 2048
+    start: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -44,8 +50,8 @@ class Limits:
 class Rows(NamedTuple):
     """What a batch is decoded from."""
 
-    before: KVCache
-    """What all rows follow, `offset` tokens."""
+    before: KVCache | Memory
+    """What all rows follow, `offset` tokens; or what each row is an answer to."""
     tokens: Int[Array, "B T"]
     lengths: Int[Array, "B"]
     """How many of the tokens are a row's own; the rest is padding."""
@@ -69,31 +75,66 @@ def batches(
 ) -> Iterator[tuple[list[int], Rows]]:
     """Indices of the prompts of each batch, as `by_length` gives them, and their rows.
 
-    Tokens that all prompts open with are computed once.
+    Tokens that all prompts open with are computed once; those of sources, which see each
+    other, are not.
 
     Raises:
-        UserError: an empty prompt, or one that leaves no room for an answer.
+        UserError: an empty prompt, one that leaves no room for an answer, or a start for a
+            model that has none.
     """
     if not prompts:
         return
+    if bool(limits.start) != hasattr(model, "remember"):
+        raise UserError(
+            f"answers start with the tokens {list(limits.start)}",
+            "decoding",
+            "give start tokens to an encoder-decoder, and to no other model",
+        )
+    answer = len(limits.start) + limits.max_new_tokens
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise UserError("empty prompt", f"prompt {i}", "give at least one token")
-        if len(prompt) + limits.max_new_tokens > limits.window:
+        slots = max(len(prompt), answer) if limits.start else len(prompt) + answer
+        if slots > limits.window:
             raise UserError(
                 f"prompt of {len(prompt)} tokens and {limits.max_new_tokens} new ones exceed "
                 f"the window of {limits.window}",
                 f"prompt {i}",
                 "use fewer demonstrations, shorter inputs or a smaller max_new_tokens",
             )
+    if limits.start:
+        for indices in by_length(prompts, limits.batch_size):
+            memory = _remember(model, variables, *_padded([prompts[i] for i in indices]))
+            start = jnp.tile(jnp.array(limits.start, jnp.int32), (len(indices), 1))
+            lengths = jnp.full(len(indices), len(limits.start), jnp.int32)
+            yield indices, Rows(memory, start, lengths, jnp.zeros((), jnp.int32))
+        return
     offset = prefixes.common_prefix(prompts)
     before = prefixes.fill_prefix(model, variables, prompts[0][:offset])
     for indices in by_length(prompts, limits.batch_size):
-        lengths = np.array([len(prompts[i]) - offset for i in indices], np.int32)
-        tokens = np.zeros((len(indices), prefixes.bucketed(int(lengths.max()))), np.int32)
-        for row, i in enumerate(indices):
-            tokens[row, : lengths[row]] = prompts[i][offset:]
-        yield indices, Rows(before, *map(jnp.asarray, (tokens, lengths, np.int32(offset))))
+        tokens, lengths = _padded([prompts[i][offset:] for i in indices])
+        yield indices, Rows(before, tokens, lengths, jnp.int32(offset))
+
+
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    """Prompts in bucketed slots, and their lengths."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), prefixes.bucketed(int(lengths.max()))), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return jnp.asarray(tokens), jnp.asarray(lengths)
+
+
+@partial(jax.jit, static_argnums=0)
+def _remember(
+    model: nn.Module, variables: Any, tokens: Int[Array, "B S"], lengths: Int[Array, "B"]
+) -> Memory:
+    bound: Any = model
+    # Padding stays at the last position, since a table of them may end there.
+    count = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    positions = jnp.minimum(count, lengths.max() - 1)
+    segments = jnp.where(count < lengths[:, None], OWN_SEGMENT, PADDING_SEGMENT)
+    return bound.apply(variables, tokens, positions, segments, method="remember")
 
 
 def prefill(
