@@ -203,5 +203,7 @@ def save_pretrained(
         write_folder(new, families.rule_table(config).export_tensors(params), max_shard_bytes)
         fields = families.config_to_hf(config) | eos
         replace_file(new / "config.json", json.dumps(fields, indent=2))
-        replace_file(new / "generation_config.json", json.dumps(eos, indent=2))
+        opening = ("decoder_start_token_id", "forced_bos_token_id")
+        decoding = eos | {key: fields[key] for key in opening if key in fields}
+        replace_file(new / "generation_config.json", json.dumps(decoding, indent=2))
         tokenizer.save(new)

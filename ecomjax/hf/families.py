@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ecomjax.hf import bert, gpt2, llama, mixtral
+from ecomjax.hf import bart, bert, gpt2, llama, mixtral, t5
 from ecomjax.hf.fields import refused
 from ecomjax.hf.rules import RuleTable
+from ecomjax.models.bart import BartConfig
 from ecomjax.models.bert import BertConfig
 from ecomjax.models.config import ModelConfig
 from ecomjax.models.gpt2 import GPT2Config
 from ecomjax.models.heads import SequenceClassifierConfig, TokenClassifierConfig
 from ecomjax.models.llama import LlamaConfig
+from ecomjax.models.t5 import T5Config
 
 _BY_CONFIG: dict[type[ModelConfig], tuple[Any, ...]] = {
     LlamaConfig: (llama, mixtral),
@@ -20,6 +22,8 @@ _BY_CONFIG: dict[type[ModelConfig], tuple[Any, ...]] = {
     BertConfig: (bert,),
     SequenceClassifierConfig: (bert,),
     TokenClassifierConfig: (bert,),
+    T5Config: (t5,),
+    BartConfig: (bart,),
 }
 _BY_MODEL_TYPE = {
     name: family

@@ -35,8 +35,9 @@ DTYPES: dict[str, Any] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(
 
 FLOATS = (*DTYPES.values(), np.dtype(np.float16))
 
-STACKS = {"layer": "L", "expert": "E"}
-"""Placeholders of names and the axes they are stacked along, outermost first."""
+STACKS = {"layer": "L", "encoder_layer": "encoder_L", "expert": "E"}
+"""Placeholders of names and the axes they are stacked along, outermost first. Where an
+encoder goes with a decoder, its sizes have names of their own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +131,8 @@ class RuleTable:
     sizes: Mapping[str, int]
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Tensors that may be present if equal to another one, such as a tied head."""
+    absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Tensors that may be absent if equal to another one, or, where none is named, zero."""
     ignored: str = ""
     """Regular expression of whole names that carry nothing, such as saved constants."""
     prefix: str = ""
@@ -215,7 +218,7 @@ class RuleTable:
     def _check_names(self, tensors: Mapping[str, Any], where: str) -> None:
         expected = {name for rule in self.rules for _, name in rule.names(self.sizes)}
         optional = {name for name in tensors if re.fullmatch(self.ignored, name)}
-        missing = sorted(expected - set(tensors))
+        missing = sorted(expected - set(tensors) - set(self.absent))
         unknown = sorted(set(tensors) - expected - set(self.copies) - optional)
         for kind, names in (("missing", missing), ("unknown", unknown)):
             if names:
@@ -227,6 +230,10 @@ class RuleTable:
                 )
 
     def _read(self, tensors, name: str, rule: Rule, where: str) -> np.ndarray:
+        if name in self.absent and name not in tensors:
+            if not self.absent[name]:
+                return np.zeros(rule.shape(self.sizes), np.float32)
+            name = self.absent[name]
         tensor = tensors[name]
         if tensor.shape != rule.shape(self.sizes):
             raise UserError(
