@@ -1,5 +1,6 @@
 """SmolLM2-135M from its package, against transformers on the same weights."""
 
+import functools
 import json
 
 import jax
@@ -75,8 +76,8 @@ def logits(loaded):
     """Function (tokens, positions, segments, cache, mask) -> (logits where mask, cache)."""
     model = registry.build(loaded.config)
     variables = jax.device_put({"params": loaded.params})
-    apply = jax.jit(lambda *inputs: model.apply(variables, *inputs))
-    head = jax.jit(lambda hidden: model.apply(variables, hidden, method="logits"))
+    apply = jax.jit(model.apply)
+    head = jax.jit(functools.partial(model.apply, method="logits"))
 
     def run(tokens, positions=None, segments=None, cache=None, mask=None):
         tokens = np.asarray(tokens, np.int32)
@@ -84,10 +85,10 @@ def logits(loaded):
             positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
         if segments is None:
             segments = np.ones(tokens.shape, np.int32)
-        hidden, cache = apply(tokens, positions, segments, cache)
+        hidden, cache = apply(variables, tokens, positions, segments, cache)
         if mask is not None:
-            hidden = hidden[np.asarray(mask, bool)]
-        return np.asarray(head(hidden)), cache
+            hidden = hidden[np.asarray(mask, bool)][None]
+        return np.asarray(head(variables, hidden)), cache
 
     return run
 
@@ -168,7 +169,7 @@ def test_packed_is_separate(loaded, prompts, logits, packing):
         example = np.array(
             [rows[x][batch.segment_ids[x, y] - 1] for x, y in zip(b, t, strict=True)]
         )
-        return len(rows), np.concatenate([found[example == i] for i in range(len(sequences))])
+        return len(rows), np.concatenate([found[0, example == i] for i in range(len(sequences))])
 
     rows, packed = by_example(packing)
     _, separate = by_example("pad")
