@@ -1,9 +1,16 @@
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from ecomjax import trees
 from ecomjax.decoding.generate import GenerateOptions, generate
 from ecomjax.errors import UserError
+from ecomjax.models import registry
+from ecomjax.models.bart import BartConfig
+from ecomjax.models.t5 import T5Config
 
 NEW = 6
 
@@ -119,3 +126,90 @@ def test_a_prompt_may_fill_the_window(tiny, variables, prompts, naive, end):
     with pytest.raises(UserError, match="window"):
         narrow = dataclasses.replace(options, window=longest + NEW - 1)
         generate(tiny.model, variables, prompts, narrow)
+
+
+ENCODER_DECODERS = {
+    "t5": T5Config(61, 16, 2, 2, 3, 8, 20, tied_embeddings=False, start=(5,)),
+    "bart": BartConfig(61, 16, 2, 2, 2, 4, 20, 28, max_positions=21, start=(2, 9)),
+}
+
+
+@pytest.fixture(scope="module", params=ENCODER_DECODERS)
+def answering(request, prompts):
+    """An encoder-decoder, its variables, start, and naive answers to the prompts.
+
+    Its weights are large beside its biases, so that sources and drawn tokens matter.
+    """
+    config = ENCODER_DECODERS[request.param]
+    model = registry.build(config)
+    shapes, rng = registry.describe(model)[0], np.random.default_rng(0)
+    drawn = {
+        path: rng.standard_normal(leaf.shape, np.float32) * np.float32(0.1 ** ("bias" in path))
+        for path, leaf in trees.flatten(shapes).items()
+    }
+    params = jax.tree.map(jnp.asarray, trees.unflatten(drawn))
+
+    @jax.jit
+    def log_probabilities(source, length, target):
+        at = jnp.arange(32, dtype=jnp.int32)[None]
+        live = (at < length).astype(jnp.int32)
+        positions = jnp.arange(target.shape[1], dtype=jnp.int32)[None]
+        variables = {"params": params}
+        memory = model.apply(variables, source, jnp.minimum(at, 20), live, method="remember")
+        hidden, _ = model.apply(variables, target, positions, jnp.ones_like(target), None, memory)
+        return jax.nn.log_softmax(model.apply(variables, hidden, method="logits"), axis=-1)
+
+    answers, scores = [], []
+    for prompt in prompts:
+        source = np.zeros((1, 32), np.int32)
+        source[0, : len(prompt)] = prompt
+        target, first = np.zeros((1, NEW + 2), np.int32), len(config.start)
+        target[0, :first] = config.start
+        score = []
+        for t in range(first, first + NEW):
+            row = log_probabilities(source, len(prompt), target)[0, t - 1]
+            score.append(float(row.max()))
+            target[0, t : t + 1] = int(row.argmax())
+        answers.append(target[0, first : first + NEW].tolist())
+        scores.append(score)
+    return model, {"params": params}, config.start, (answers, scores)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_greedy_answers_to_sources_are_the_naive_loop(answering, prompts, batch_size):
+    """For sources of mixed lengths in any batch, some of whose answers end."""
+    model, variables, start, naive = answering
+    assert len({tuple(answer) for answer in naive[0]}) > 3
+    end = naive[0][0][2]
+    options = GenerateOptions(NEW, end, batch_size, window=21, start=start)
+    results = generate(model, variables, prompts, options)
+    assert_naive(results, naive, end)
+    assert {result.ended for result in results} == {True, False}
+
+
+def test_draws_of_answers_to_sources(answering, prompts):
+    """Depend on the seed and the source's place alone."""
+    model, variables, start, _ = answering
+    options = GenerateOptions(NEW, 0, 8, temperature=50.0, start=start)
+
+    def draw(chosen=prompts, **changes):
+        results = generate(model, variables, chosen, dataclasses.replace(options, **changes))
+        return [result.tokens for result in results]
+
+    first = draw()
+    assert draw(batch_size=3) == first and draw(prompts[:3]) == first[:3]
+    assert draw(seed=1) != first
+
+
+def test_sources_and_answers_have_a_window_each(answering, tiny, variables):
+    model, own, start, _ = answering
+    options = GenerateOptions(4, 0, window=6, start=start)
+    assert len(generate(model, own, [[1] * 6], options)) == 1
+    with pytest.raises(UserError, match=r"7 tokens and 4 new ones .* window of 6: prompt 0"):
+        generate(model, own, [[1] * 7], options)
+    with pytest.raises(UserError, match=r"1 tokens and 6 new ones .* window of 6: prompt 0"):
+        generate(model, own, [[1]], dataclasses.replace(options, max_new_tokens=6))
+    with pytest.raises(UserError, match=r"start with the tokens \[\]"):
+        generate(model, own, [[1]], dataclasses.replace(options, start=()))
+    with pytest.raises(UserError, match="and to no other model"):
+        generate(tiny.model, variables, [[1]], options)
