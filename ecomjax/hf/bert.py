@@ -118,9 +118,11 @@ _ONLY = {
 _IGNORED = frozenset(
     """hidden_dropout_prob attention_probs_dropout_prob classifier_dropout tie_word_embeddings
     output_past directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
-    pooler_size_per_head pooler_type _num_labels""".split()
+    pooler_size_per_head pooler_type _num_labels sbert_ce_default_activation_function
+    sentence_transformers""".split()
 )
-"""Dropout among them: how much a model is regularised is for its training to say."""
+"""Dropout among them: how much a model is regularised is for its training to say. What
+cross-encoders apply to their logits is for their task to say."""
 
 _DISTILBERT_NAMES = {
     "vocab_size": "vocab_size",
