@@ -33,7 +33,8 @@ class BeamOptions(Limits):
     Attributes:
         beams: answers kept running for each prompt; 1 is greedy.
         length_penalty: p in score = log-probability / length**p, where the length counts
-            the end token; 0 compares sums, and large values favour long answers.
+            the end token and all start tokens but the first; 0 compares sums, and large
+            values favour long answers.
     """
 
     beams: int = 4
@@ -43,6 +44,10 @@ class BeamOptions(Limits):
         super().__post_init__()
         if self.beams < 1:
             raise UserError(f"beams {self.beams}", "decoding", "search with 1 beam or more")
+
+    def divisor(self, drawn: Any) -> Any:
+        """What the log-probability of an answer of so many drawn tokens is divided by."""
+        return (drawn + len(self.start[1:])) ** self.length_penalty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +94,9 @@ def _extend(
     tokens = jax.lax.dynamic_update_slice(
         _pick(s.tokens, parents), last[:, :, None], (0, 0, s.drawn)
     )
-    length = s.drawn + 1
-    divisor = length.astype(jnp.float32) ** options.length_penalty
-    ends = (last == options.end) | (length == options.max_new_tokens)
+    drawn = s.drawn + 1
+    divisor = options.divisor(drawn.astype(jnp.float32))
+    ends = (last == options.end) | (drawn == options.max_new_tokens)
 
     best_half = jnp.arange(2 * beams, dtype=jnp.int32)[None, :] < beams
     new = jnp.where(ends & best_half & s.open[:, None], totals / divisor, -jnp.inf)
@@ -100,7 +105,7 @@ def _extend(
 
     totals, kept = jax.lax.top_k(jnp.where(ends, -jnp.inf, totals), beams)
     promising = totals[:, 0] / divisor > scores[:, -1]
-    state = _Search(length, _pick(tokens, kept), totals, finished, scores, s.open & promising)
+    state = _Search(drawn, _pick(tokens, kept), totals, finished, scores, s.open & promising)
     return state, _pick(parents, kept)
 
 
@@ -199,8 +204,8 @@ def beam_search(
         tokens, scores = jax.device_get(_search(model, compiled, variables, rows))
         for row, i in enumerate(indices):
             answer, ended = until(options.end, tokens[row].tolist())
-            score, length = float(scores[row]), len(answer) + ended
-            log_probability = score * length**options.length_penalty
-            results[i] = Found(answer, log_probability, ended, score)
+            score = float(scores[row])
+            total = score * options.divisor(len(answer) + ended)
+            results[i] = Found(answer, total, ended, score)
         on_done(len(set(indices)))
     return [results[i] for i in range(len(prompts))]

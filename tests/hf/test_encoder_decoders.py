@@ -11,6 +11,7 @@ import pytest
 from ecomjax import trees
 from ecomjax.adapters import lora
 from ecomjax.adapters.rules import LoraRule
+from ecomjax.decoding.beam import BeamOptions, beam_search
 from ecomjax.decoding.generate import GenerateOptions, generate
 from ecomjax.errors import UserError
 from ecomjax.hf import checkpoints, families
@@ -244,6 +245,40 @@ def test_greedy_tokens_are_those_of_transformers(name, config, params, torch_mod
     assert config.start == FIRST[name]
     forced = {"forced_bos_token_id": 9} if name == "bart" else {}
     assert_greedy(config, params, torch_model, sources, **forced)
+
+
+@pytest.mark.parametrize(("penalty", "place"), [(-1.0, 0), (0.8, 0), (0.8, -1)])
+def test_beam_search_is_that_of_transformers(
+    name, config, params, torch_model, sources, penalty, place
+):
+    """Of four beams and an end that comes early or late; a forced token counts as one."""
+    import torch
+
+    prompts = [sources[0, :5].tolist(), sources[1].tolist(), sources[2, :9].tolist()]
+    model, variables = registry.build(config), {"params": params}
+    free = beam_search(model, variables, prompts, BeamOptions(9, 2, start=config.start))
+    end = free[1].tokens[place]
+    options = BeamOptions(9, end, start=config.start, beams=4, length_penalty=penalty)
+    ours = beam_search(model, variables, prompts, options)
+    assert any(found.ended for found in ours)
+    forced = {"forced_bos_token_id": 9} if name == "bart" else {}
+    for prompt, found in zip(prompts, ours, strict=True):
+        theirs = torch_model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=len(config.start) - 1 + 9,
+            do_sample=False,
+            num_beams=4,
+            early_stopping=False,
+            length_penalty=penalty,
+            eos_token_id=end,
+            forced_eos_token_id=None,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **forced,
+        )
+        answer = [*config.start, *found.tokens, *[end] * found.ended]
+        assert answer == theirs.sequences[0].tolist()
+        assert found.score == pytest.approx(theirs.sequences_scores.item(), rel=1e-4)
 
 
 def test_lora_on_every_linear_layer(config, params, sources, targets, forward):
