@@ -13,10 +13,12 @@ from ecomjax.adapters import lora
 from ecomjax.adapters.rules import LoraRule
 from ecomjax.errors import UserError
 from ecomjax.models import registry
+from ecomjax.models.bart import BartConfig
 from ecomjax.models.bert import BertConfig
 from ecomjax.models.gpt2 import GPT2Config
 from ecomjax.models.heads import SequenceClassifierConfig, TokenClassifierConfig
 from ecomjax.models.llama import LlamaConfig
+from ecomjax.models.t5 import T5Config
 from ecomjax.training.losses import causal_lm
 from ecomjax.typing import Batch, ParamAxes
 
@@ -32,6 +34,8 @@ CASES = {
     "bert": BertConfig(**ENCODER),
     "sequences": SequenceClassifierConfig(**ENCODER, labels=("a", "b", "c")),
     "tokens": TokenClassifierConfig(**ENCODER, labels=("a", "b", "c")),
+    "t5": T5Config(61, 24, 2, 2, 6, 8, 40),
+    "bart": BartConfig(61, 24, 2, 2, 4, 6, 24, 40, max_positions=33),
 }
 """A tiny config for each family of the registry."""
 
@@ -151,6 +155,16 @@ def test_specs_follow_the_rules():
     assert found["layers/mlp/router/kernel"] == (None, "fsdp", None)
     assert found["embed/embedding"] == ("tensor", "fsdp")
     assert found["final_norm/scale"] == ("fsdp",)
+
+
+def test_adapters_are_split_over_experts_alone():
+    shapes, axes = registry.describe(registry.build(CASES["mixtral_ragged"]))
+    _, adapter = lora.init(shapes, axes, [LoraRule(rank=3)], jax.random.key(0))
+    specs = sharding.adapter_specs(adapter, axes, sharding.make_mesh(1, 2, 2, 2))["layers"]
+    experts = specs["mlp"]["experts"]["up"]["kernel"]
+    assert {tuple(x) for x in (experts.a, experts.b, experts.scale)} == {(None, "expert")}
+    queries = specs["attn"]["q"]["kernel"]
+    assert {tuple(x) for x in (queries.a, queries.b, queries.scale)} == {(None,)}
 
 
 def test_what_does_not_divide_is_whole_and_listed():
