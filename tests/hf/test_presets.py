@@ -2,7 +2,7 @@
 
 import pytest
 
-from ecomjax import trees
+from ecomjax import sharding, trees
 from ecomjax.hf import families
 from ecomjax.hf.presets import PRESETS
 from ecomjax.models import registry
@@ -19,8 +19,10 @@ def config(preset):
 
 
 def test_parameters_are_as_many_as_published(preset, config):
+    """BART's bias of the logits is a constant there, and counts as none."""
     shapes, _ = registry.describe(registry.build(config))
-    assert trees.count(shapes) == preset.parameters
+    constants = trees.count(trees.select(shapes, "logits_bias"))
+    assert trees.count(shapes) - constants == preset.parameters
 
 
 def test_every_leaf_has_its_rule(config):
@@ -30,7 +32,15 @@ def test_every_leaf_has_its_rule(config):
     assert ruled == {path: leaf.shape for path, leaf in trees.flatten(shapes).items()}
 
 
+def test_every_leaf_has_a_sharding(config):
+    """And next to nothing is held whole by every device, whatever does not divide."""
+    shapes, axes = registry.describe(registry.build(config))
+    specs, _ = sharding.specs(axes, shapes, sharding.make_mesh(data=1, fsdp=4, tensor=2))
+    leaves, specs = trees.flatten(shapes), trees.flatten(specs)
+    assert leaves.keys() == specs.keys()
+    split = sum(leaf.size for path, leaf in leaves.items() if any(specs[path]))
+    assert split > 0.99 * trees.count(shapes)
+
+
 def test_its_config_is_written_and_read(config):
     assert families.config_from_hf(families.config_to_hf(config), "config.json") == config
-
-
