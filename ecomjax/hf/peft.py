@@ -80,7 +80,7 @@ def write_adapter(
     alphas: dict[str, float] = {}
     for path, leaf in leaves.items():
         a, b, scale = (np.asarray(x) for x in (leaf.a, leaf.b, leaf.scale))
-        rank, suffix = a.shape[-1], _suffix(rules[path], table)
+        rank, targets = a.shape[-1], _targets(rules[path], table)
         found = {}
         for index, module in _modules(rules[path], table):
             for name, shape, factor in zip(
@@ -89,9 +89,9 @@ def write_adapter(
                 tensors[name] = np.ascontiguousarray(factor[index].T)
                 _check_tensor(tensors[name], name, shape, str(folder))
             found[module] = _alpha(float(scale[index]), rank)
-        ranks[suffix] = rank
+        ranks |= dict.fromkeys(targets, rank)
         uniform = len(set(found.values())) == 1
-        alphas |= {suffix: next(iter(found.values()))} if uniform else found
+        alphas |= dict.fromkeys(targets, next(iter(found.values()))) if uniform else found
     dropouts = {leaf.dropout for leaf in leaves.values()}
     if len(dropouts) != 1:
         raise UserError(
@@ -99,9 +99,10 @@ def write_adapter(
             str(folder),
             "use one rate for all kernels, as PEFT does",
         )
+    answers_sources = families.config_to_hf(config).get("is_encoder_decoder", False)
     fields = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if answers_sources else "CAUSAL_LM",
         "base_model_name_or_path": _reference(base),
         "inference_mode": True,
         "target_modules": sorted(ranks),
@@ -220,12 +221,17 @@ def _shapes(rule: Rule, table: RuleTable, rank: int) -> list[tuple[int, int]]:
     return [(rank, d_in), (d_out, rank)]
 
 
-def _suffix(rule: Rule, table: RuleTable) -> str:
-    """The shortest end of a module's name that no other kernel's name ends with."""
+def _targets(rule: Rule, table: RuleTable) -> list[str]:
+    """What PEFT finds a kernel's modules by.
+
+    It is the shortest end of their names that no other kernel's name ends with. Where that
+    goes back to the number of the layer, as between encoder and decoder, it is all names.
+    """
     parts = rule.theirs.removesuffix(".weight").split(".")
     others = [r.theirs.removesuffix(".weight").split(".") for r in table.rules if r != rule]
     length = next(n for n in range(1, len(parts) + 1) if parts[-n:] not in [o[-n:] for o in others])
-    return ".".join(parts[-length:])
+    suffix = ".".join(parts[-length:])
+    return [module for _, module in _modules(rule, table)] if "{" in suffix else [suffix]
 
 
 def _alpha(scale: float, rank: int) -> float:

@@ -11,9 +11,12 @@ from safetensors.numpy import load_file, save_file
 
 from ecomjax import trees
 from ecomjax.errors import UserError
-from ecomjax.hf import llama
+from ecomjax.hf import families
 from ecomjax.hf.checkpoints import save_pretrained
 from ecomjax.hf.peft import CONFIG, WEIGHTS, read_adapter, write_adapter
+from ecomjax.models import registry
+from ecomjax.models.bart import BartConfig
+from ecomjax.models.t5 import T5Config
 from ecomjax.typing import LowRank
 
 Q, DOWN = "layers/attn/q/kernel", "layers/mlp/down/kernel"
@@ -23,7 +26,7 @@ Q_A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 @pytest.fixture
 def make_adapter(config):
     """Function (ranks by path, alpha, dtype) -> adapter tree with random factors."""
-    table = llama.rule_table(config)
+    table = families.rule_table(config)
     rules = {rule.ours: rule for rule in table.rules if rule.linear}
 
     def make(ranks=None, alpha=7.0, dtype=np.float32):
@@ -125,6 +128,46 @@ def test_peft_computes_the_same(
     ours = logits(config, params, tokens, adapter)
     assert np.abs(theirs - plain).max() > 1e-2 * np.abs(plain).max()
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        T5Config(264, 16, 2, 3, 3, 8, 20, gated=True),
+        BartConfig(264, 16, 2, 3, 2, 4, 20, 28, max_positions=24),
+    ],
+    ids=["t5", "bart"],
+)
+def test_encoder_and_decoder_apart(config, tokenizer, identity, make_adapter, tokens, tmp_path):
+    """Kernels of one name have ranks of their own; all, or those of one side alone."""
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = registry.build(config)
+    shapes = registry.describe(model)[0]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape, np.float32), shapes)
+    save_pretrained(tmp_path / "base", config, params, tokenizer)
+    paths = [path for path in trees.flatten(shapes) if path.endswith("kernel")]
+    side = [path for path in paths if path.startswith("encoder")]
+    for ranks in ({path: 2 + (path in side) for path in paths}, dict.fromkeys(side, 4)):
+        adapter = make_adapter(ranks)
+        write_adapter(tmp_path / "adapter", adapter, config, identity)
+        assert_equal(read_adapter(tmp_path / "adapter", config, identity), adapter)
+        base = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base").eval()
+        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+        with torch.no_grad():
+            inputs = torch.from_numpy(tokens.astype(np.int64))
+            theirs = adapted(input_ids=inputs, decoder_input_ids=inputs).logits.numpy()
+        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+        batch = (tokens, positions, np.ones_like(tokens))
+
+        def own(variables, *batch):
+            return model.apply(variables, *batch, method="everything")
+
+        variables = jax.tree.map(jax.numpy.asarray, {"params": params, "lora": adapter})
+        ours = jax.jit(own)(variables, *batch)
+        assert np.abs(ours - theirs).max() <= 2e-5 * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("rslora", [False, True])
