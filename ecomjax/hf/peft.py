@@ -48,9 +48,18 @@ _ONLY = {
     "init_lora_weights": (True, False, None, "gaussian"),
 }
 """Fields with few values here; other initial values change the base as well."""
+_TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+}
+"""What PEFT calls the task of a class, by the end of its name."""
 _IGNORED = {
     "auto_mapping",
     "base_model_name_or_path",
+    "fan_in_fan_out",
     "revision",
     "inference_mode",
     "megatron_core",
@@ -89,9 +98,9 @@ def write_adapter(
                 tensors[name] = np.ascontiguousarray(factor[index].T)
                 _check_tensor(tensors[name], name, shape, str(folder))
             found[module] = _alpha(float(scale[index]), rank)
-        ranks |= dict.fromkeys(targets, rank)
+        ranks.update(dict.fromkeys(targets, rank))
         uniform = len(set(found.values())) == 1
-        alphas |= dict.fromkeys(targets, next(iter(found.values()))) if uniform else found
+        alphas.update(dict.fromkeys(targets, next(iter(found.values()))) if uniform else found)
     dropouts = {leaf.dropout for leaf in leaves.values()}
     if len(dropouts) != 1:
         raise UserError(
@@ -99,10 +108,11 @@ def write_adapter(
             str(folder),
             "use one rate for all kernels, as PEFT does",
         )
-    answers_sources = families.config_to_hf(config).get("is_encoder_decoder", False)
+    (architecture,) = families.config_to_hf(config)["architectures"]
+    task_types = [kind for end, kind in _TASK_TYPES.items() if architecture.endswith(end)]
     fields = {
         "peft_type": "LORA",
-        "task_type": "SEQ_2_SEQ_LM" if answers_sources else "CAUSAL_LM",
+        "task_type": task_types[0] if task_types else "FEATURE_EXTRACTION",
         "base_model_name_or_path": _reference(base),
         "inference_mode": True,
         "target_modules": sorted(ranks),
@@ -112,7 +122,7 @@ def write_adapter(
         "alpha_pattern": {k: v for k, v in alphas.items() if v != _commonest(alphas)},
         "lora_dropout": dropouts.pop(),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": not all(rules[path].transposed for path in leaves),
         "init_lora_weights": True,
         "modules_to_save": None,
         "use_dora": False,
@@ -217,7 +227,8 @@ def _names(module: str) -> list[str]:
 
 def _shapes(rule: Rule, table: RuleTable, rank: int) -> list[tuple[int, int]]:
     """Shapes of the tensors of the factors a and b."""
-    d_out, d_in = rule.shape(table.sizes)
+    shape = rule.shape(table.sizes)
+    d_out, d_in = shape if rule.transposed else shape[::-1]
     return [(rank, d_in), (d_out, rank)]
 
 
