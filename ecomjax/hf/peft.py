@@ -98,9 +98,10 @@ def write_adapter(
                 tensors[name] = np.ascontiguousarray(factor[index].T)
                 _check_tensor(tensors[name], name, shape, str(folder))
             found[module] = _alpha(float(scale[index]), rank)
-        ranks.update(dict.fromkeys(targets, rank))
+        ranks |= {target: rank for target in targets}
         uniform = len(set(found.values())) == 1
-        alphas.update(dict.fromkeys(targets, next(iter(found.values()))) if uniform else found)
+        alpha = next(iter(found.values()))
+        alphas |= {target: alpha for target in targets} if uniform else found
     dropouts = {leaf.dropout for leaf in leaves.values()}
     if len(dropouts) != 1:
         raise UserError(
