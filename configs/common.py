@@ -53,7 +53,7 @@ def adapter() -> ConfigDict:
             "rank": 16,
             "alpha": 32.0,
             "dropout": 0.0,
-            "targets": (r".*/(q|k|v|o|gate|up|down)/kernel",),
+            "targets": (r"(.*/)?layers/.*(?<!/router)/kernel",),
             "rules": (),
         }
     )

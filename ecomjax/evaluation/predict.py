@@ -23,7 +23,8 @@ Method = Literal["auto", "likelihood", "generate"]
 class Tokenizer(Protocol):
     """What is asked of a tokenizer; `hf.tokenizer.Tokenizer` is one."""
 
-    eos_id: int
+    @property
+    def eos_id(self) -> int: ...
 
     def encode(self, text: str) -> list[int]: ...
 

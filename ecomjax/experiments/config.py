@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 from ml_collections import ConfigDict
 
+from ecomjax.adapters.rules import EVERY_LINEAR
 from ecomjax.errors import UserError
 
 
@@ -109,7 +110,7 @@ class AdapterConfig:
     rank: Positive = 16
     alpha: AboveZero = 32.0
     dropout: Rate = 0.0
-    targets: tuple[Pattern, ...] = (r".*/(q|k|v|o|gate|up|down)/kernel",)
+    targets: tuple[Pattern, ...] = (EVERY_LINEAR,)
     rules: tuple[RuleConfig, ...] = ()
 
     @property

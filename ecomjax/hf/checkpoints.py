@@ -201,7 +201,8 @@ def save_pretrained(
     eos = tokenizer.config_fields
     with replace_folder(folder) as new:
         write_folder(new, families.rule_table(config).export_tensors(params), max_shard_bytes)
-        fields = families.config_to_hf(config) | eos
+        # What the model says comes last: RoBERTa's padding id also places its positions.
+        fields = eos | families.config_to_hf(config)
         replace_file(new / "config.json", json.dumps(fields, indent=2))
         opening = ("decoder_start_token_id", "forced_bos_token_id")
         decoding = eos | {key: fields[key] for key in opening if key in fields}

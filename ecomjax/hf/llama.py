@@ -240,7 +240,7 @@ def config_from_hf(fields: Mapping[str, Any], where: str, **overrides: Any) -> L
     if model_type not in VARIANTS:
         raise refused(f"config field 'model_type' is {model_type!r}", where)
     variant = VARIANTS[model_type]
-    values = variant.table.read(fields, where) | variant.fixed
+    values = variant.table.read(fields, where) | dict(variant.fixed)
     for name in ("attention_softcap", "logit_softcap"):
         values[name] = values.get(name) or 0.0
     if values["kv_heads"] is None:

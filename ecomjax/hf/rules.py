@@ -64,6 +64,11 @@ class Rule:
 
     @property
     def linear(self) -> bool:
+        """Whether theirs is the matrix of a linear layer, [out, in] or, in GPT-2, [in, out]."""
+        return self.transposed or self.ours.endswith("/kernel")
+
+    @property
+    def transposed(self) -> bool:
         """Whether theirs is a matrix [out, in] of which ours is the transpose, axes split."""
         theirs, ours = self._sides()
         return len(theirs) == 2 and [*itertools.chain(*ours)] == theirs[1] + theirs[0]

@@ -96,7 +96,8 @@ def attend(
     cast = [(KeyValues(*(x.astype(q.dtype) for x in part)), mask) for part, mask in parts]
     if bias is not None:
         bias = bias.astype(jnp.float32).reshape(-1, kv_heads, group * t, bias.shape[-1])
-    out = _attend_grouped(q, cast, bias, softcap).reshape(batch, kv_heads, group, t, width)
+    grouped: Any = _attend_grouped(q, cast, bias, softcap)
+    out = grouped.reshape(batch, kv_heads, group, t, width)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, t, heads, width)
 
 
@@ -258,7 +259,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *view.rotation), rotate(k, *view.rotation)
         own = KeyValues(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
         if cache is not None:
-            start = (view.layer, 0, 0, view.first_slot, 0)
+            start: Any = (view.layer, 0, 0, view.first_slot, 0)
             cache = StackedCache(
                 *(
                     jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), start)

@@ -50,16 +50,18 @@ class OfAll(NamedTuple):
 
 def view_of(own: OfLayer, shared: OfAll) -> View:
     """What the attention of one layer sees."""
-    mask, prefix_mask = shared.mask, shared.prefix_mask
-    if own.window is not None:
-        mask &= shared.distance < own.window
-        if prefix_mask is not None:
-            prefix_mask &= shared.prefix_distance < own.window
+
+    def inside_window(mask, distance):
+        return mask if own.window is None else mask & (distance < own.window)
+
+    prefix: Any = None
+    if own.prefix is not None:
+        prefix = (own.prefix, inside_window(shared.prefix_mask, shared.prefix_distance))
     return View(
-        mask,
+        inside_window(shared.mask, shared.distance),
         rotation=None if own.inverse is None else (shared.positions, own.inverse),
         bias=shared.bias,
-        prefix=None if own.prefix is None else (own.prefix, prefix_mask),
+        prefix=prefix,
         layer=own.layer,
         first_slot=shared.first_slot,
     )

@@ -144,7 +144,7 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         inits = {"scale": nn.initializers.ones, "bias": nn.initializers.zeros}
-        scale, bias = (
+        parameters: Any = (
             self.param(name, declare(init, ("embed",)), (x.shape[-1],), self.param_dtype)
             for name, init in inits.items()
         )
@@ -152,7 +152,7 @@ class LayerNorm(nn.Module):
         centred = x - x.mean(axis=-1, keepdims=True)
         variance = jnp.square(centred).mean(axis=-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(variance + self.eps)
-        scale, bias = (_broadcast(y.astype(jnp.float32), x) for y in (scale, bias))
+        scale, bias = (_broadcast(y.astype(jnp.float32), x) for y in parameters)
         return (normed * scale + bias).astype(self.dtype)
 
 

@@ -4,6 +4,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import finetune, icl, study
+from ecomjax.adapters.rules import EVERY_LINEAR
 from ecomjax.errors import UserError
 from ecomjax.experiments import config as border
 from ecomjax.experiments.config import AdapterConfig, FinetuneConfig, from_config, to_dict, to_json
@@ -28,7 +29,7 @@ def test_a_config_becomes_typed_and_immutable():
     config = from_config(finetune.get_config("queryner"))
     assert isinstance(config, FinetuneConfig)
     assert config.task.name == "queryner"
-    assert config.adapter.targets == (r".*/(q|k|v|o|gate|up|down)/kernel",)
+    assert config.adapter.targets == (EVERY_LINEAR,)
     with pytest.raises(AttributeError):
         config.adapter.rank = 3  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -48,7 +49,7 @@ def test_overrides_of_a_config_dict_arrive():
     config.adapter.rules = ({"pattern": "layers/attn/q/kernel", "rank": 2, "alpha": 8},)
     adapter = from_config(config).adapter
     assert [(r.pattern, r.rank, r.alpha) for r in adapter.all_rules] == [
-        (r".*/(q|k|v|o|gate|up|down)/kernel", 4, 32.0),
+        (EVERY_LINEAR, 4, 32.0),
         ("layers/attn/q/kernel", 2, 8.0),
     ]
 

@@ -1,5 +1,6 @@
 """Every decoder against transformers: tiny, random, every number off its default."""
 
+import copy
 import dataclasses
 import json
 
@@ -13,6 +14,8 @@ from ecomjax.adapters.rules import LoraRule
 from ecomjax.decoding.generate import GenerateOptions, generate
 from ecomjax.errors import UserError
 from ecomjax.hf import checkpoints, families
+from ecomjax.hf.checkpoints import Identity, fingerprint
+from ecomjax.hf.peft import read_adapter, write_adapter
 from ecomjax.hf.safetensors_io import SafetensorsFolder
 from ecomjax.models import registry
 
@@ -278,6 +281,21 @@ def test_lora_on_every_linear_layer(config, params, tokens, forward):
     side = forward(params, tokens, adapter=shaken)
     assert_close(side, forward(lora.fuse(params, shaken), tokens))
     assert np.abs(side - forward(params, tokens)).max() > 1e-2 * np.abs(side).max()
+
+
+def test_adapters_are_those_of_peft(config, params, torch_model, tokens, forward, tmp_path):
+    """Written by us and computed by PEFT; experts are apart, which it holds as one tensor."""
+    peft = pytest.importorskip("peft")
+    _, axes = registry.describe(registry.build(config))
+    rules = [LoraRule(r"layers/(attn|mlp)/\w+/kernel(?<!router/kernel)", rank=3, alpha=7.0)]
+    _, adapter = lora.init(params, axes, rules, jax.random.key(0))
+    shaken = trees.map_leaves(lambda leaf: leaf.replace(b=leaf.b + 0.1), adapter)
+    identity = Identity("tiny", "local", "tiny", "0" * 64, fingerprint(config, params))
+    write_adapter(tmp_path / "adapter", shaken, config, identity)
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(torch_model), tmp_path / "adapter")
+    assert_close(forward(params, tokens, adapter=shaken), torch_logits(model.eval(), tokens))
+    again = read_adapter(tmp_path / "adapter", config, identity)
+    jax.tree.map(np.testing.assert_array_equal, again, shaken)
 
 
 def test_fields_that_configs_leave_out(case):

@@ -151,9 +151,9 @@ def test_config_round_trip(config):
     [
         ({"attention_bias": True}, "'attention_bias' is True"),
         ({"mlp_bias": True}, "'mlp_bias' is True"),
-        ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
+        ({"hidden_act": "mish"}, "'hidden_act' is 'mish'"),
         ({"pretraining_tp": 2}, "'pretraining_tp' is 2"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'rope_scaling'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'llama3'"),
         ({"rope_interleaved": True}, "'rope_interleaved'"),
         ({"model_type": "mixtral"}, "'model_type' is 'mixtral'"),
