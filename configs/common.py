@@ -6,6 +6,8 @@ of `ecomjax/experiments/config.py`.
 
 from ml_collections import ConfigDict
 
+from configs import models
+
 TASKS = {
     "esci": {"max_new_tokens": 8, "batch_size": 16, "validation": 200},
     "queryner": {"max_new_tokens": 112, "batch_size": 64, "validation": 64},
@@ -21,12 +23,22 @@ def choose(arg: str, choices, file: str) -> str:
     return arg
 
 
-def parse_task(arg: str, file: str) -> tuple[str, bool]:
-    """ "queryner" -> ("queryner", False), "queryner,smoke" -> ("queryner", True)."""
-    task, _, rest = arg.partition(",")
-    if rest and rest != "smoke":
-        raise ValueError(f"unknown option {rest!r} of {file}; the only one is {file}:{task},smoke")
-    return choose(task, TASKS, file), bool(rest)
+def parse(arg: str, file: str) -> tuple[str, str, bool]:
+    """Task, model and whether it is a smoke test: "queryner,llama3_1_8b,smoke"."""
+    task, *options = arg.split(",")
+    choose(task, TASKS, file)
+    model, smoke = models.DEFAULT, False
+    for option in options:
+        if option == "smoke":
+            smoke = True
+        elif option in models.PRESETS:
+            model = option
+        else:
+            raise ValueError(
+                f"unknown option {option!r} of {file}; use {file}:{task},smoke "
+                f"or a model of configs/models.py, such as {file}:{task},{model}"
+            )
+    return task, model, smoke
 
 
 def task(name: str) -> ConfigDict:

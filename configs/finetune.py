@@ -1,4 +1,4 @@
-"""One LoRA adapter for one task: `--config=configs/finetune.py:queryner[,smoke]`."""
+"""One LoRA adapter for one task: `--config=configs/finetune.py:queryner[,MODEL][,smoke]`."""
 
 from ml_collections import ConfigDict
 
@@ -6,10 +6,10 @@ from configs import common, models
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    task, smoke = common.parse_task(arg, "configs/finetune.py")
+    task, model, smoke = common.parse(arg, "configs/finetune.py")
     config = ConfigDict()
     config.experiment = "finetune"
-    config.model = models.get("smollm2_135m")
+    config.model = models.get(model)
     config.task = common.task(task)
     config.data = common.data(smoke)
     config.adapter = common.adapter()

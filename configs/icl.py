@@ -1,4 +1,4 @@
-"""Few-shot prompting of the untuned model: `--config=configs/icl.py:esci[,smoke]`."""
+"""Few-shot prompting of the untuned model: `--config=configs/icl.py:esci[,MODEL][,smoke]`."""
 
 from ml_collections import ConfigDict
 
@@ -6,10 +6,10 @@ from configs import common, models
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    task, smoke = common.parse_task(arg, "configs/icl.py")
+    task, model, smoke = common.parse(arg, "configs/icl.py")
     config = ConfigDict()
     config.experiment = "icl"
-    config.model = models.get("smollm2_135m")
+    config.model = models.get(model)
     config.task = common.task(task)
     config.data = common.data(smoke)
     config.fewshot = common.fewshot(task, smoke)

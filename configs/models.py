@@ -52,6 +52,10 @@ PRESETS = {
     "bart_large": FLOAT32,
 }
 
+DEFAULT = "smollm2_135m"
+
 
 def get(name: str) -> ConfigDict:
-    return ConfigDict({"name": name, "path": "", "scan": True} | PRESETS[name])
+    return ConfigDict(
+        {"name": name, "path": "", "scan": True, "dispatch": "ragged"} | PRESETS[name]
+    )

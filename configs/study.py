@@ -29,7 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.experiment = "study"
     config.smoke = smoke
-    config.model = models.get("smollm2_135m")
+    config.model = models.get(models.DEFAULT)
     config.data = common.data(smoke)
     for split, size in SIZES[arg].items():
         config.data[f"{split}_size"] = size

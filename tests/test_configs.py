@@ -76,6 +76,7 @@ def test_smoke_is_smaller():
         (finetune, "", "configs/finetune.py:queryner"),
         (finetune, "quieryner", "configs/finetune.py:queryner"),
         (icl, "esci,fast", "configs/icl.py:esci,smoke"),
+        (icl, "esci,smoke,llama9", "configs/models.py"),
         (study, "queryner", "configs/study.py:quickstart"),
     ],
 )
@@ -89,6 +90,12 @@ def test_presets_fill_the_section_of_the_model():
     for name in models.PRESETS:
         assert isinstance(models.get(name), ConfigDict)
         assert models.get(name).name == name
+
+
+def test_a_model_is_chosen_by_its_name():
+    config = finetune.get_config("esci,mixtral_8x7b,smoke")
+    assert (config.model.name, config.model.param_dtype) == ("mixtral_8x7b", "bfloat16")
+    assert config.data.train_size == finetune.get_config("esci,smoke").data.train_size
 
 
 def test_every_known_model_has_a_preset():

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 
 from ecomjax.data.sources import HubSource, LocalSource, Source, SyntheticSource
 from ecomjax.data.store import Sizes
+from ecomjax.errors import UserError
 from ecomjax.evaluation.predict import Predictor
 from ecomjax.experiments.config import DataConfig, EvaluationConfig, ModelConfig, TaskConfig
 from ecomjax.hf.checkpoints import Identity, load_pretrained
 from ecomjax.hf.tokenizer import Tokenizer
 from ecomjax.models import registry
+from ecomjax.models.decoder import Decoder
 from ecomjax.tasks.base import Example, Task
 from ecomjax.typing import Params
 
@@ -45,10 +47,16 @@ class Base:
 def load_base(config: ModelConfig) -> Base:
     """Loads the weights and says which ones they are; the last model stays loaded."""
     loaded = load_pretrained(config.name, config.path, config.param_dtype)
-    shape = dataclasses.replace(
-        loaded.config, compute_dtype=config.compute_dtype, scan=config.scan, remat=config.remat
-    )
+    known = {field.name for field in dataclasses.fields(loaded.config)}
+    ours = {key: value for key, value in dataclasses.asdict(config).items() if key in known}
+    shape = dataclasses.replace(loaded.config, **ours)
     module = registry.build(shape)
+    if not isinstance(module, Decoder):
+        raise UserError(
+            f"{config.name!r} is a {type(module).__name__}, which does not continue text",
+            config.path or "model.name",
+            "use a decoder, such as those of configs/models.py from smollm2_135m to gpt2_xl",
+        )
     _, axes = registry.describe(registry.build(dataclasses.replace(shape, scan=True)))
     params = jax.tree.map(jnp.asarray, loaded.params)
     identity = loaded.identity

@@ -68,6 +68,8 @@ class ModelConfig:
     compute_dtype: FloatType = "float32"
     scan: bool = True
     remat: Literal["none", "dots", "full"] = "none"
+    dispatch: Literal["ragged", "dense"] = "ragged"
+    """How tokens reach their experts, where a model has some."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,15 +1,20 @@
+import dataclasses
 import io
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ecomjax.data.sources import HubSource, LocalSource, SyntheticSource
 from ecomjax.data.store import Sizes
+from ecomjax.errors import UserError
 from ecomjax.experiments import assembly
 from ecomjax.experiments.assembly import counting, draw, load_base, load_examples, make_source
 from ecomjax.experiments.config import DataConfig
+from ecomjax.hf.checkpoints import load_pretrained
 from ecomjax.hf.files import sha256_of
+from ecomjax.models.bert import BertConfig
 from ecomjax.tasks.base import Example
 from ecomjax.tasks.registry import get_task
 
@@ -73,6 +78,17 @@ def test_the_base_is_told_loaded_once_and_as_the_config_says(make_config, tiny_b
     )
     assert other.params["layers"]["attn"]["q"]["kernel"].dtype == "bfloat16"
     assert other.config.remat == "full" and other.config.param_dtype == "bfloat16"
+
+
+def test_a_base_must_continue_text(make_config, monkeypatch):
+    load_base.cache_clear()
+    config = make_config("finetune").model
+    loaded = load_pretrained(config.name, config.path)
+    encoder = dataclasses.replace(loaded, config=BertConfig(9, 8, 1, 2, 4))
+    monkeypatch.setattr(assembly, "load_pretrained", lambda *_: encoder)
+    with pytest.raises(UserError, match="is a Bert, which does not continue text"):
+        load_base(config)
+    load_base.cache_clear()
 
 
 def test_progress_is_for_people(monkeypatch):
