@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal
 
 from ml_collections import ConfigDict
 
-from ecomjax.adapters.rules import EVERY_LINEAR
 from ecomjax.errors import UserError
 
 
@@ -112,7 +111,8 @@ class AdapterConfig:
     rank: Positive = 16
     alpha: AboveZero = 32.0
     dropout: Rate = 0.0
-    targets: tuple[Pattern, ...] = (EVERY_LINEAR,)
+    targets: tuple[Pattern, ...] = (r"(.*/)?layers/.*(?<!/router)/kernel",)
+    """Every linear layer, as `adapters.rules.EVERY_LINEAR`, whose module would import jax here."""
     rules: tuple[RuleConfig, ...] = ()
 
     @property
