@@ -143,7 +143,7 @@ MISTAKES = {
     ),
     "unknown model": (
         lambda get: {"model.path": "", "model.name": "smollm9"},
-        ["unknown model 'smollm9'", "smollm2_135m"],
+        ["unknown model 'smollm9'", "configs/models.py", "smollm3_3b"],
     ),
     "unknown task": (lambda get: {"task.name": "sentiment"}, ["unknown task 'sentiment'", "esci"]),
 }
