@@ -60,7 +60,9 @@ def load_base(config: ModelConfig) -> Base:
     _, axes = registry.describe(registry.build(dataclasses.replace(shape, scan=True)))
     params = jax.tree.map(jnp.asarray, loaded.params)
     identity = loaded.identity
-    say(f"base {identity.name} from {identity.source}: {identity.path} ({identity.sha256[:12]})")
+    # A local folder is what it is, whatever name the config gives it.
+    name = "" if identity.source == "local" else f"{identity.name} "
+    say(f"base {name}from {identity.source}: {identity.path} ({identity.sha256[:12]})")
     return Base(shape, module, params, axes, loaded.tokenizer, identity)
 
 
