@@ -56,6 +56,4 @@ DEFAULT = "smollm2_135m"
 
 
 def get(name: str) -> ConfigDict:
-    return ConfigDict(
-        {"name": name, "path": "", "scan": True, "dispatch": "ragged"} | PRESETS[name]
-    )
+    return ConfigDict({"name": name, "path": "", "dispatch": "ragged"} | PRESETS[name])

@@ -55,7 +55,14 @@ def parse(argv: list[str]) -> list[str]:
             rest = flags.FLAGS(argv)[1:]
             # A config file that could not be read raises when it is first looked into.
             getattr(CONFIG.value, "keys", None)
-        except (flags.Error, OSError, KeyError, ValueError) as error:
+        except (
+            flags.Error,
+            OSError,
+            KeyError,
+            ValueError,
+            AttributeError,
+            SyntaxError,
+        ) as error:
             raise _explain(error, argv) from error
         for name in ("config", "workdir"):
             if not flags.FLAGS[name].value:
@@ -89,6 +96,9 @@ def _explain(error: Exception, argv: Sequence[str]) -> UserError:
     if isinstance(error, OSError):
         file = next((a for a in argv if a.startswith("--config=")), "--config")
         return UserError("no such config file", file, "choose one of configs/")
+    if isinstance(error, AttributeError | SyntaxError):
+        file = next((a for a in argv if a.startswith("--config=")), "--config")
+        return UserError("no file with a get_config", file, "choose one of configs/")
     if isinstance(error, KeyError):
         return UserError("unknown key", f"{error.args[0]}", "see the keys in the config file")
     text = str(error)

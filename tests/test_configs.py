@@ -56,11 +56,11 @@ def test_configs_are_fresh_at_every_call():
 
 def test_an_override_of_a_study_reaches_all_its_experiments():
     config = study.get_config("quickstart")
-    config.data.source, config.data.path, config.model.scan = "local", "some/folder", False
+    config.data.source, config.data.path, config.model.remat = "local", "some/folder", "full"
     result = from_config(config)
     for section in (*result.finetune.values(), *result.icl.values()):
         assert section.data.path == "some/folder"
-        assert not section.model.scan
+        assert section.model.remat == "full"
 
 
 def test_smoke_is_smaller():

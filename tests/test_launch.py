@@ -104,12 +104,12 @@ def call_with(body, *arguments, status):
 
 def test_the_experiment_gets_the_typed_config_and_the_folder():
     out, _ = call_with(
-        "print(config.adapter.rank, config.model.scan, workdir)",
+        "print(config.adapter.rank, config.model.remat, workdir)",
         "--config.adapter.rank=4",
-        "--config.model.scan=false",
+        "--config.model.remat=full",
         status=0,
     )
-    assert out == "4 False w\n"
+    assert out == "4 full w\n"
 
 
 def test_a_mistake_found_later_is_one_line_too():

@@ -77,6 +77,14 @@ class Predictor:
     top_p: float = 1.0
     seed: int = 0
 
+    def __post_init__(self):
+        if self.method == "likelihood" and self.task.labels is None:
+            raise UserError(
+                f"task {self.task.name} has no closed set of labels",
+                "config.evaluation.method",
+                "use auto or generate",
+            )
+
     def prompt(self, example: Example, demonstrations: Demonstrations = ()) -> tuple[int, ...]:
         """Token ids of the prompt, which end where the answer starts."""
         prompt = self.task.prompt(example, demonstrations)
@@ -112,12 +120,6 @@ class Predictor:
         """
         prompts = [self.prompt(example, demonstrations) for example in examples]
         labels = self.task.labels
-        if self.method == "likelihood" and labels is None:
-            raise UserError(
-                f"task {self.task.name} has no closed set of labels",
-                "config.evaluation.method",
-                "use auto or generate",
-            )
         if labels is not None and self.method != "generate":
             table = label_log_likelihoods(
                 self.model,

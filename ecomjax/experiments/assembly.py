@@ -29,11 +29,7 @@ from ecomjax.typing import Params
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A pretrained model, ready to run.
-
-    `params` have the layout of `module`; adapters and files are stacked, as `config` and
-    `axes` describe.
-    """
+    """A pretrained model, ready to run."""
 
     config: Any
     module: nn.Module
@@ -57,7 +53,7 @@ def load_base(config: ModelConfig) -> Base:
             config.path or "model.name",
             "use a decoder, such as those of configs/models.py from smollm2_135m to gpt2_xl",
         )
-    _, axes = registry.describe(registry.build(dataclasses.replace(shape, scan=True)))
+    _, axes = registry.describe(module)
     params = jax.tree.map(jnp.asarray, loaded.params)
     identity = loaded.identity
     # A local folder is what it is, whatever name the config gives it.

@@ -42,6 +42,10 @@ class Interval:
         return f"in {left}{self.low:g}, {self.high:g}{right}"
 
 
+class Filled:
+    """Marks a tuple that holds something."""
+
+
 class Regex:
     """Marks a string that has to compile as a regular expression."""
 
@@ -65,7 +69,6 @@ class ModelConfig:
     """Folder of the weights; where empty, the model is found by its name."""
     param_dtype: FloatType = "float32"
     compute_dtype: FloatType = "float32"
-    scan: bool = True
     remat: Literal["none", "dots", "full"] = "none"
     dispatch: Literal["ragged", "dense"] = "ragged"
     """How tokens reach their experts, where a model has some."""
@@ -111,7 +114,7 @@ class AdapterConfig:
     rank: Positive = 16
     alpha: AboveZero = 32.0
     dropout: Rate = 0.0
-    targets: tuple[Pattern, ...] = (r"(.*/)?layers/.*(?<!/router)/kernel",)
+    targets: Annotated[tuple[Pattern, ...], Filled()] = (r"(.*/)?layers/.*(?<!/router)/kernel",)
     """Every linear layer, as `adapters.rules.EVERY_LINEAR`, whose module would import jax here."""
     rules: tuple[RuleConfig, ...] = ()
 
@@ -184,7 +187,7 @@ class EvaluationConfig:
 class FewShotConfig:
     """Demonstrations in the prompt: the numbers tried, and how one of them is chosen."""
 
-    shots: tuple[Count, ...] = (0, 1, 3, 8)
+    shots: Annotated[tuple[Count, ...], Filled()] = (0, 1, 3, 8)
     select_examples: Positive = 200
     """Validation examples by which the number of shots is chosen."""
     seed: Count = 0
@@ -318,8 +321,10 @@ def _convert_section(section: Mapping[str, Any], wanted: type, path: str) -> Any
     return wanted(**values)
 
 
-def _convert_checked(value: Any, wanted: type, check: Interval | Regex, path: str) -> Any:
+def _convert_checked(value: Any, wanted: Any, check: Interval | Regex | Filled, path: str) -> Any:
     value = _convert(value, wanted, path)
+    if isinstance(check, Filled) and not value:
+        raise UserError("an empty tuple", path, "name one or more")
     if isinstance(check, Interval) and value not in check:
         raise UserError(f"value {value!r}", path, f"it has to be {check}")
     if isinstance(check, Regex):

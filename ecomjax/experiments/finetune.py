@@ -70,7 +70,8 @@ def run(config: FinetuneConfig, workdir: str) -> None:
         )
         say(
             f"{task.name}: {len(kept.sequences)} training examples "
-            f"({len(kept.too_long)} longer than {config.training.row_length} tokens dropped), "
+            f"({len(kept.too_long)} longer than "
+            f"{min(config.training.row_length, predictor.window)} tokens dropped), "
             f"{len(plan.steps)} steps of {config.training.batch_size} examples in rows of "
             f"{plan.row_length} tokens, {plan.prefix} of them shared"
         )
@@ -84,7 +85,9 @@ def _encode(
     predictor: Predictor, examples: Sequence[Example], config: TrainingConfig, where: str
 ) -> Kept:
     encoded = [predictor.encode(example) for example in examples]
-    return fit_window(encoded, config.row_length, config.too_long, where)
+    # A model knows no position past its own window, and would not say so.
+    window = min(config.row_length, predictor.window)
+    return fit_window(encoded, window, config.too_long, where)
 
 
 def _plan(sequences: Sequence[Encoded], config: TrainingConfig, training: bool = True) -> Plan:

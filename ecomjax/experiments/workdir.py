@@ -91,7 +91,7 @@ class Workdir:
         try:
             self._match_config(config, ignore)
             yield self
-        except UserError:
+        except BaseException:
             # A mistake mended, such as a path, is another config: it may have the same folder.
             if new and not self._holds_work():
                 self.config.unlink(missing_ok=True)

@@ -278,6 +278,8 @@ _SCALINGS = {
 def _rotation(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What a config says of the rotation: at top level until transformers 4, nested since 5."""
     nested = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    if not isinstance(nested, Mapping):
+        raise refused(f"config field 'rope_scaling' is {nested!r}", where)
     top = fields.get("rope_theta") or _THETAS.get(fields["model_type"], 10_000.0)
     if fields["model_type"] != "gemma3_text":
         theta, scaling = _rope(nested, top, where)
@@ -329,6 +331,8 @@ def _layers(fields: Mapping[str, Any], layers: int, where: str) -> dict[str, Any
     if kinds is None:
         after = fields.get("max_window_layers", 28)
         pattern = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
+        if not all(isinstance(x, int) and x >= least for x, least in ((after, 0), (pattern, 1))):
+            raise refused(f"windows from layer {after!r} on, or by a pattern of {pattern!r}", where)
         slides = {
             "mistral": lambda i: True,
             "gemma2": lambda i: i % 2 == 0,

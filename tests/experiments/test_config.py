@@ -135,3 +135,14 @@ def test_what_is_no_config_at_all_is_refused():
         border._plain(3, "config")
     with pytest.raises(UserError, match="missing key"):
         from_config(ConfigDict())
+
+
+@pytest.mark.parametrize(
+    ("module", "section", "key"),
+    [(finetune, "adapter", "targets"), (icl, "fewshot", "shots")],
+)
+def test_some_tuples_must_hold_something(module, section, key):
+    config = module.get_config("esci")
+    config[section][key] = ()
+    with pytest.raises(UserError, match=rf"empty tuple: config\.{section}\.{key}"):
+        from_config(config)

@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from ecomjax import trees
 from ecomjax.errors import UserError
 from ecomjax.experiments import finetune
+from ecomjax.experiments.assembly import load_base
 from ecomjax.experiments.config import to_dict
 from ecomjax.experiments.files import read_json, read_jsonl
 from ecomjax.hf.checkpoints import load_pretrained
@@ -70,6 +72,15 @@ def test_the_adapter_is_the_best_one_and_reads_back(trained, tiny_base):
     lines = read_jsonl(trained / "metrics.jsonl")
     losses = {x["step"]: x["validation/loss"] for x in lines if "validation/loss" in x}
     assert Checkpoints(trained / "checkpoints").best() == min(losses, key=lambda s: losses[s])
+
+
+def test_no_example_is_longer_than_the_model_knows_positions(make_config, tmp_path, monkeypatch):
+    """Tables of positions would give the last one for all that follow, in silence."""
+    short = load_base(make_config("finetune").model)
+    short = dataclasses.replace(short, config=dataclasses.replace(short.config, max_positions=64))
+    monkeypatch.setattr(finetune, "load_base", lambda _: short)
+    with pytest.raises(UserError, match="no example fits the window of 64 tokens"):
+        finetune.run(make_config("finetune"), str(tmp_path))
 
 
 def test_a_finished_run_stays_as_it_is(config, train, trained, contents, monkeypatch):

@@ -209,3 +209,11 @@ def test_json_holds_what_experiments_hand_over(tmp_path):
     write_jsonl(tmp_path / "x.jsonl", [value, value])
     lines = (tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [plain, plain]
+
+
+@pytest.mark.parametrize("error", [UserError("a", "b", "c"), KeyboardInterrupt(), RuntimeError()])
+def test_a_run_that_left_nothing_binds_the_folder_to_no_config(tmp_path, config, error):
+    with pytest.raises(type(error)), Workdir(tmp_path).writing(config):
+        raise error
+    with Workdir(tmp_path).writing(with_changes(config, "training", seed=9)):
+        pass

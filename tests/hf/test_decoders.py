@@ -319,6 +319,8 @@ def test_fields_that_configs_leave_out(case):
         ("llama3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "type 'yarn'"),
         ("llama3", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "'llama3'"),
         ("llama3", {"rope_parameters": LLAMA3 | {"factor": -1.0}}, "factor is -1.0"),
+        ("llama3", {"rope_parameters": "linear"}, "'rope_scaling' is 'linear'"),
+        ("gemma3", {"layer_types": None, "sliding_window_pattern": 0}, "pattern of 0"),
         ("llama", {"hidden_act": "mish"}, "'hidden_act' is 'mish'"),
         ("mistral", {"sliding_window": "5"}, "'sliding_window' is '5'"),
         ("qwen2", {"layer_types": ["full_attention"]}, "'layer_types' does not name 4"),
