@@ -72,6 +72,8 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.rows = self.vocab_size
+        """Ids from here on are refused: the model has no row for them."""
         if (end := self._end_of_turn()) is not None:
             self._ids = {"pad_token": end} | self._ids | {"eos_token": end}
 
@@ -140,12 +142,22 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, nothing added; special tokens spelt in it are recognised."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self._checked(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return [self._checked(encoding.ids) for encoding in encodings]
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if max(ids, default=0) >= self.rows:
+            token = self._backend.id_to_token(max(ids))
+            raise UserError(
+                f"a text holds {token!r}, which the model has no embedding for",
+                self._where,
+                "take it out of the text",
+            )
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, special tokens left out."""
@@ -208,8 +220,13 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int, where: str) -> None:
     """Raises unless an embedding of `rows` rows belongs to the tokenizer.
 
     The sizes are equal, or the embedding is padded: by less than 1024 rows, to a
-    multiple of 64. A gather out of range is silent in JAX, so nothing else passes.
+    multiple of 64. A gather out of range is silent in JAX, so nothing else passes, but
+    special tokens past the table (Gemma 3 has one for images), which texts may not hold.
     """
+    beyond = range(rows, tokenizer.vocab_size)
+    if beyond and tokenizer.special_ids.issuperset(beyond):
+        tokenizer.rows = rows
+        return
     padding = rows - tokenizer.vocab_size
     if padding and not (0 < padding < 1024 and rows % 64 == 0):
         raise UserError(

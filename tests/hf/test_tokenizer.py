@@ -181,6 +181,19 @@ def test_vocabulary_and_embedding(tokenizer, rows, fits):
         check_vocabulary(tokenizer, rows, "there")
 
 
+def test_special_tokens_without_a_row_are_refused_in_texts(backend):
+    """As long as special tokens are all that is past the table."""
+    backend.add_special_tokens(["<image>"])
+    tokenizer = Tokenizer(backend, {"eos_token": "<|endoftext|>"}, None, "there")
+    check_vocabulary(tokenizer, 264, "there")
+    assert tokenizer.encode("the") == tokenizer.encode_batch(["the"])[0]
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(UserError, match="a text holds '<image>'"):
+            encode("a <image> of it")
+    with pytest.raises(UserError, match="the embedding 263 rows"):
+        check_vocabulary(tokenizer, 263, "there")
+
+
 def test_another_model_is_not_padding(tokenizer):
     with pytest.raises(UserError, match="the embedding 49152 rows"):
         check_vocabulary(tokenizer, 49152, "there")
