@@ -66,7 +66,7 @@ class ModelConfig:
 
     name: str = "smollm2_135m"
     path: str = ""
-    """Folder of the weights; where empty, the model is found by its name."""
+    """Folder or GGUF file of the weights; where empty, the model is found by its name."""
     param_dtype: FloatType = "float32"
     compute_dtype: FloatType = "float32"
     remat: Literal["none", "dots", "full"] = "none"
