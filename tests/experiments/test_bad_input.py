@@ -70,7 +70,8 @@ def cut_weights(folder):
 def add_token(folder):
     path = folder / "tokenizer.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
-    fields["added_tokens"].append(fields["added_tokens"][0] | {"id": 600, "content": "<|new|>"})
+    new = {"id": 600, "content": "new", "special": False}
+    fields["added_tokens"].append(fields["added_tokens"][0] | new)
     path.write_text(json.dumps(fields), encoding="utf-8")
 
 
