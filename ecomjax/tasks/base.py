@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from ecomjax.data.sources import Row, Source
 from ecomjax.errors import UserError
+
+OnBadRow = Literal["raise", "drop"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,57 @@ class Example:
     Attributes:
         id: unique within its split.
         inputs: what the prompt is made of.
-        target: the true answer, of the type that `Task.parse` returns.
+        target: the true answer, of the type that `Task.parse` returns; for answers of free
+            text all references (`tuple[str, ...]`), of which the first is trained on.
+        group: what it is ranked together with, such as its query; "" for nothing.
+        repaired: whether its row was mended by a rule of the task.
     """
 
     id: str
     inputs: Mapping[str, Any]
     target: Any
+    group: str = ""
+    repaired: bool = False
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that the task's own filter leaves out; no mistake, but counted.
+
+    Attributes:
+        reason: why, in words that rows left out for the same reason share.
+    """
+
+    reason: str
+
+
+@dataclass
+class Reading:
+    """What became of the rows of a reading; nothing is left out without being counted.
+
+    Attributes:
+        kept: rows that gave an example.
+        repaired: how many of these were mended by a rule of the task.
+        skipped: rows that the task's filter left out, by reason.
+        bad: rows with a mistake, by its kind.
+        first_bad: the first mistake in full.
+    """
+
+    kept: int = 0
+    repaired: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    bad: Counter[str] = field(default_factory=Counter)
+    first_bad: str = ""
+
+    def __str__(self) -> str:
+        parts = [f"{self.kept} examples"]
+        if self.repaired:
+            parts.append(f"{self.repaired} of them repaired")
+        for what, counts in (("skipped", self.skipped), ("bad", self.bad)):
+            if counts:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+                parts.append(f"{counts.total()} rows {what} ({reasons})")
+        return "; ".join([*parts, *([f"first: {self.first_bad}"] if self.first_bad else [])])
 
 
 @dataclass(frozen=True)
@@ -63,21 +112,41 @@ class Invalid:
 class Task(ABC):
     """A task. Predictions are of the type of `Example.target`, or `Invalid`.
 
+    What it asks is defined once, by `user` and `answer`, and rendered for every kind of
+    model: `prompt` for decoders, `source` for encoder-decoders, `pair` and `words` for
+    encoders. The last two are None where a task is no such classification.
+
     Attributes:
-        name: the name of the task in the registry, data folders and reports.
+        name: the name of the task in the registry and reports.
         headline: key of its main metric; larger is better.
-        labels: the closed set of answers, for scoring by likelihood; None if open.
+        labels: the closed set of answers, for scoring by likelihood and for classifiers;
+            None if open.
+        tags: the closed set of tags of `words`; None if it has none.
+        gains: gain of each label where examples of a group are ranked (nDCG).
         system: persona and instruction, see `Prompt`.
+        prefix: what an encoder-decoder reads before the input.
+        data: the name its rows are read under; `name` unless a task says otherwise.
+        once: an input that only the first example of a reading may have; "" for none.
     """
 
     name: str
     headline: str
     labels: tuple[str, ...] | None = None
+    tags: tuple[str, ...] | None = None
+    gains: Mapping[str, float] | None = None
     system: str
+    prefix: str = ""
+    data: str
+    once: str = ""
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if "name" in vars(cls) and "data" not in vars(cls):
+            cls.data = cls.name
 
     @abstractmethod
-    def example(self, row: Row) -> Example:
-        """The example in a row; UserError with row, column and value if there is none."""
+    def example(self, row: Row) -> Example | Skipped:
+        """The example in a row; UserError with row, column and value if it is bad."""
 
     @abstractmethod
     def user(self, example: Example) -> str:
@@ -101,29 +170,89 @@ class Task(ABC):
     def summarize(self, totals: Float[np.ndarray, "*r S"]) -> dict[str, np.ndarray]:
         """Metrics [*r] of summed statistics, with any leading axes."""
 
-    def examples(self, rows: Iterable[Row]) -> list[Example]:
-        """The examples of all rows; UserError where one is bad or an id is given twice."""
-        found: dict[str, Example] = {}
-        for row in rows:
-            example = self.example(row)
-            if example.id in found:
-                if row.values["example_id"] is not None:
-                    raise UserError(
-                        f"example_id '{example.id}' comes twice", row.where, "make the ids unique"
-                    )
-                # A row of the same content as an earlier one: told apart by its place.
-                example = replace(example, id=f"{example.id}-{row.where.rpartition(':')[2]}")
-            found[example.id] = example
-        return list(found.values())
+    def source(self, example: Example) -> str:
+        """What an encoder-decoder reads; it writes `answer`."""
+        return self.prefix + self.user(example)
 
-    def load(self, source: Source, split: str) -> list[Example]:
-        """The examples of a split."""
-        return self.examples(source.rows(self.name, split))
+    def pair(self, example: Example) -> tuple[str, str] | None:
+        """The two texts that an encoder classifies into `labels`; the second may be empty."""
+        del example
+        return None
+
+    def words(self, example: Example) -> tuple[str, ...] | None:
+        """The words that an encoder gives `tags`; the target is their tags."""
+        del example
+        return None
 
     def prompt(self, example: Example, demonstrations: Sequence[Example] = ()) -> Prompt:
-        """The prompt for an example after the given demonstrations, in their order."""
+        """What a decoder is asked, after the given demonstrations in their order."""
         turns = tuple((self.user(shown), self.answer(shown)) for shown in demonstrations)
         return Prompt(self.system, turns, self.user(example))
+
+    def read(
+        self, rows: Iterable[Row], report: Reading, on_bad_row: OnBadRow = "raise"
+    ) -> Iterator[Example]:
+        """The examples of rows, one after the other.
+
+        Rows of equal content and without an id of their own are told apart by their place.
+        Held in memory are 64 bits of every id, and of every `once` input.
+
+        Args:
+            rows: of one split.
+            report: counts what becomes of them.
+            on_bad_row: "raise", or "drop" to leave bad rows out; they are counted.
+
+        Raises:
+            UserError: a row is bad, or an id is given twice.
+        """
+        ids: set[int] = set()
+        values: set[int] = set()
+        for row in rows:
+            try:
+                example = self.example(row)
+                if isinstance(example, Example):
+                    example = _told_apart(example, row, ids)
+            except UserError as error:
+                report.bad[_kind(error)] += 1
+                report.first_bad = report.first_bad or str(error)
+                if on_bad_row == "raise":
+                    raise
+                continue
+            if isinstance(example, Example) and self.once:
+                number = _number(str(example.inputs[self.once]))
+                if number in values:
+                    example = Skipped(f"{self.once} seen before")
+                values.add(number)
+            if isinstance(example, Skipped):
+                report.skipped[example.reason] += 1
+                continue
+            report.kept += 1
+            report.repaired += example.repaired
+            yield example
+
+    def examples(
+        self,
+        rows: Iterable[Row],
+        on_bad_row: OnBadRow = "raise",
+        report: Reading | None = None,
+    ) -> list[Example]:
+        """The examples of all rows, see `read`."""
+        return list(self.read(rows, Reading() if report is None else report, on_bad_row))
+
+    def load(
+        self,
+        source: Source,
+        split: str,
+        on_bad_row: OnBadRow = "raise",
+        report: Reading | None = None,
+    ) -> list[Example]:
+        """The examples of a split, see `read`; UserError where no row gives one."""
+        report = Reading() if report is None else report
+        examples = self.examples(source.rows(self.data, split), on_bad_row, report)
+        if not examples:
+            where = f"{source.name} source, {self.data} {split}"
+            raise UserError("no row gives an example", where, str(report))
+        return examples
 
     def metrics(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
         """Metrics of predictions, one for each example."""
@@ -169,10 +298,47 @@ def bad_value(row: Row, name: str, remedy: str) -> UserError:
     return UserError(f"bad value {shown} in column '{name}'", row.where, f"it {remedy}")
 
 
-def identity(row: Row) -> str:
-    """The row's example_id, or where that is null a digest of its content."""
-    given = column(row, "example_id", (int, str), null=True)
-    if given is not None:
-        return str(given)
+def identity(row: Row, *others: str) -> str:
+    """The row's example_id, else the first of the other columns given, else a digest of it."""
+    for name in ("example_id", *others):
+        if row.values.get(name) is not None:
+            return str(column(row, name, (int, str)))
+    return _digest(row)
+
+
+def group(row: Row, name: str) -> str:
+    """What a row is ranked together with, by a column that it need not have."""
+    return "" if row.values.get(name) is None else str(column(row, name, (int, str)))
+
+
+def _digest(row: Row) -> str:
     content = json.dumps(row.values, sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _number(text: str) -> int:
+    """64 bits of a text; two of ten million are alike with a chance of 1 in 370,000."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _told_apart(example: Example, row: Row, ids: set[int]) -> Example:
+    """The example with an id that is not among `ids`; it is put there."""
+    number = _number(example.id)
+    if number in ids:
+        if example.id != _digest(row):
+            raise UserError(
+                f"example_id '{example.id}' comes twice", row.where, "make the ids unique"
+            )
+        example = replace(example, id=f"{example.id}-{row.where.rpartition(':')[2]}")
+        number = _number(example.id)
+    ids.add(number)
+    return example
+
+
+_VALUES = re.compile(r"(?<=bad value ).*(?= in column)|(?<=example_id) '.*'| \(.*\)", re.DOTALL)
+
+
+def _kind(error: UserError) -> str:
+    """What is wrong, without the value that is."""
+    return _VALUES.sub("", error.what).replace("value  in", "value in")

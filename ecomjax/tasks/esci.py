@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import numpy as np
 
 from ecomjax.data.sources import Row
 from ecomjax.metrics import classification
 from ecomjax.tasks import prompts
-from ecomjax.tasks.base import Example, Invalid, Task, bad_value, column, identity
+from ecomjax.tasks.base import Example, Invalid, Task, bad_value, column, group, identity
 
 LABELS = ("Exact", "Substitute", "Complement", "Irrelevant")
 
@@ -23,7 +24,8 @@ class Esci(Task):
     """Query and product to Exact, Substitute, Complement or Irrelevant.
 
     The product is shown by title, brand and colour, each left out where it is null or
-    blank; a product of which nothing is known is an error. The locale is not shown.
+    blank; a product of which nothing is known is an error. The locale is not shown. The
+    products of a query are ranked together, by `query_id` where there is one.
 
     Args:
         description: show the description too.
@@ -33,6 +35,8 @@ class Esci(Task):
     name = "esci"
     headline = "macro_f1"
     labels = LABELS
+    gains = MappingProxyType(dict(zip(LABELS, (1.0, 0.1, 0.01, 0.0), strict=True)))
+    prefix = "classify: "
     system = (
         f"{prompts.PERSONA} Judge how the product matches the search query. Answer with one "
         "word: Exact if it satisfies the whole query, Substitute if it only partly does but "
@@ -61,14 +65,21 @@ class Esci(Task):
         label = column(row, "esci_label", str)
         if label not in _BY_SPELLING:
             raise bad_value(row, "esci_label", f"must be one of {', '.join(LABELS)}, E, S, C, I")
-        return Example(identity(row), {"query": query, **inputs}, _BY_SPELLING[label])
+        inputs = {"query": query, **inputs}
+        return Example(identity(row), inputs, _BY_SPELLING[label], group(row, "query_id"))
 
     def user(self, example: Example) -> str:
-        lines = [f"Query: {example.inputs['query'].strip()}"]
-        for name, title in self.shown.items():
-            if name in example.inputs:
-                lines.append(f"{title}: {example.inputs[name].strip()}")
-        return "\n".join(lines)
+        query, product = self.pair(example)
+        return f"Query: {query}\n{product}"
+
+    def pair(self, example: Example) -> tuple[str, str]:
+        """The query, and the lines of the product."""
+        lines = [
+            f"{title}: {example.inputs[name].strip()}"
+            for name, title in self.shown.items()
+            if name in example.inputs
+        ]
+        return example.inputs["query"].strip(), "\n".join(lines)
 
     def answer(self, example: Example) -> str:
         return example.target

@@ -58,10 +58,18 @@ def read_tuples(text: str, tokens: Sequence[str]) -> tuple[str, ...]:
 
 
 class QueryNer(Task):
-    """Tokens of a query to BIO tags of 17 types."""
+    """Tokens of a query to BIO tags of 17 types.
+
+    Args:
+        repair: mend a gold I- that continues no entity of its type by making it a B-, as
+            conlleval and seqeval's default mode read it; such examples are counted. By
+            default it is an error, as unknown tags and other numbers of tags always are.
+    """
 
     name = "queryner"
     headline = "entity_f1"
+    tags = TAGS
+    prefix = "tag: "
     system = (
         f"{prompts.PERSONA} Tag every token of the search query: B-TYPE begins an entity, "
         f"I-TYPE continues it, O is outside. The types are {', '.join(TYPES)}. Answer with one "
@@ -72,6 +80,9 @@ class QueryNer(Task):
         )
     )
 
+    def __init__(self, repair: bool = False):
+        self.repair = repair
+
     def example(self, row: Row) -> Example:
         tokens, tags = (tuple(column(row, name, list)) for name in ("tokens", "ner_tags"))
         if not tokens or not all(isinstance(token, str) and token.strip() for token in tokens):
@@ -81,13 +92,22 @@ class QueryNer(Task):
             raise bad_value(row, "ner_tags", f"holds {unknown[0]!r}, none of {', '.join(TAGS)}")
         if len(tokens) != len(tags):
             raise bad_value(row, "ner_tags", f"holds {len(tags)} tags for {len(tokens)} tokens")
-        for before, tag in zip(("O", *tags), tags, strict=False):
-            if tag.startswith("I-") and before[2:] != tag[2:]:
-                raise bad_value(row, "ner_tags", f"holds {tag!r} that continues no entity")
-        return Example(identity(row), {"tokens": tokens}, tags)
+        orphans = [
+            place
+            for place, (before, tag) in enumerate(zip(("O", *tags), tags, strict=False))
+            if tag.startswith("I-") and before[2:] != tag[2:]
+        ]
+        if orphans and not self.repair:
+            found = tags[orphans[0]]
+            raise bad_value(row, "ner_tags", f"holds {found!r} that continues no entity")
+        mended = tuple(f"B{tag[1:]}" if i in orphans else tag for i, tag in enumerate(tags))
+        return Example(identity(row), {"tokens": tokens}, mended, repaired=bool(orphans))
 
     def user(self, example: Example) -> str:
         return " ".join(example.inputs["tokens"])
+
+    def words(self, example: Example) -> tuple[str, ...]:
+        return example.inputs["tokens"]
 
     def answer(self, example: Example) -> str:
         return write_tuples(example.inputs["tokens"], example.target)

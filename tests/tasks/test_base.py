@@ -2,9 +2,20 @@ import pytest
 
 from ecomjax.data.sources import Row
 from ecomjax.errors import UserError
-from ecomjax.tasks.base import column, identity, overlap
+from ecomjax.tasks.base import Reading, column, identity, overlap
 from ecomjax.tasks.esci import Esci
 from ecomjax.tasks.queryner import QueryNer
+
+HOSTILE = (
+    "a\x00b",
+    "half \ud83d pair",
+    "line\u2028break",
+    "\u202emirrored\u202c عربي",
+    "Cafe\u0301 Café",
+    "👩‍👩‍👧 emoji",
+    "﻿mark",
+)
+"""Texts that break careless code."""
 
 
 def query(text, place=1, example_id=None):
@@ -69,3 +80,72 @@ def test_headlines_are_metrics():
     for task, example in ((Esci(), esci_row), (QueryNer(), query("a"))):
         examples = task.examples([example])
         assert task.headline in task.metrics([examples[0].target], examples)
+
+
+class Shown(QueryNer):
+    """A task that leaves out what is not new."""
+
+    name = "shown"
+    once = "tokens"
+
+
+def test_a_reading_counts_what_becomes_of_every_row():
+    rows = [
+        query("a b", 1),
+        query("", 2),
+        query("a b", 3),
+        query("c", 4, 7),
+        query("d", 5, 7),
+        Row({"tokens": ["x"], "ner_tags": None}, "f:6"),
+    ]
+    report = Reading()
+    with pytest.raises(UserError, match="column 'tokens'"):
+        list(Shown().read(rows, report))
+    assert report.kept == 1 and report.bad == {"bad value in column 'tokens'": 1}
+    report = Reading()
+    found = list(Shown().read(rows, report, "drop"))
+    assert [e.inputs["tokens"] for e in found] == [("a", "b"), ("c",)]
+    assert report.kept == 2 and report.skipped == {"tokens seen before": 1}
+    assert report.bad == {
+        "bad value in column 'tokens'": 1,
+        "bad value in column 'ner_tags'": 1,
+        "example_id comes twice": 1,
+    }
+    assert report.first_bad.startswith("bad value [] in column 'tokens'")
+    assert str(report).startswith("2 examples; 1 rows skipped (1 tokens seen before); 3 rows bad")
+
+
+def test_a_reading_streams():
+    def rows():
+        yield query("a")
+        raise AssertionError("read ahead")
+
+    assert next(QueryNer().read(rows(), Reading())).target == ("O",)
+
+
+def test_a_split_without_examples_is_told():
+    class Nothing:
+        name = "nothing"
+
+        def rows(self, task, split):
+            assert (task, split) == ("queryner", "test")
+            return [query("")]
+
+        def fingerprint(self, task, split):
+            return ""
+
+    with pytest.raises(UserError, match=r"no row gives an example: nothing source, queryner test"):
+        QueryNer().load(Nothing(), "test", "drop")
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_ids_of_hostile_rows(hostile):
+    rows = [query(hostile, 1), query(hostile, 2), query("x", 3, hostile)]
+    assert len({e.id for e in QueryNer().examples(rows)}) == 3
+
+
+def test_mistakes_are_one_line_whatever_the_value():
+    for hostile in HOSTILE:
+        with pytest.raises(UserError) as error:
+            Esci().example(Row({"query": "q", "product_title": [hostile]}, "f:1"))
+        assert len(str(error.value).splitlines()) == 1

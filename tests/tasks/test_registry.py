@@ -15,5 +15,5 @@ def test_unknown_names_list_the_known():
         get_task("esic")
     with pytest.raises(UserError, match="unknown option 'x': task esci; known: description"):
         get_task("esci", x=1)
-    with pytest.raises(UserError, match="unknown option 'x': task queryner; known: none"):
+    with pytest.raises(UserError, match="unknown option 'x': task queryner; known: repair"):
         get_task("queryner", x=1)
