@@ -39,25 +39,43 @@ def summarize(totals: Float[np.ndarray, "*r S"], labels: Sequence[str]) -> dict[
 
     F1 of a label is 2 tp / (predicted + gold), and 0 where that is 0/0. `macro_f1` is
     its mean over all labels of the task, also over one that occurs neither in the gold
-    nor in the predicted labels (which counts 0). An invalid output is wrong: it lowers
-    accuracy and the recall of its gold label.
+    nor in the predicted labels (which counts 0); `weighted_f1` weighs it with the share of
+    the label among the gold ones. `micro_f1` is F1 of the hits, predicted and gold of all
+    labels together. An invalid output is wrong: it lowers accuracy and the recall of its
+    gold label. It is no predicted label, so that micro_f1 is accuracy where no output is
+    invalid and above it otherwise.
 
     Args:
         totals: sums of rows of `statistics`, with any leading axes.
         labels: the labels given to `statistics`.
 
     Returns:
-        accuracy, macro_f1, f1/<label> for each label and invalid_rate, each [*r].
+        accuracy, macro_f1, micro_f1, weighted_f1, f1/<label>, precision/<label> and
+        recall/<label> for each label and invalid_rate, each [*r].
     """
-    confusion = totals.reshape(*totals.shape[:-1], len(labels), len(labels) + 1)
-    gold = confusion.sum(-1)
-    predicted = confusion[..., :-1].sum(-2)
-    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    counts = confusion(totals, labels)
+    gold = counts.sum(-1)
+    predicted = counts[..., :-1].sum(-2)
+    hits = np.diagonal(counts, axis1=-2, axis2=-1)
     scores = f1(hits, predicted, gold)
     count = gold.sum(-1)
+    by_label = {"f1": scores, "precision": ratio(hits, predicted), "recall": ratio(hits, gold)}
     return {
         "accuracy": ratio(hits.sum(-1), count),
         "macro_f1": np.asarray(scores.mean(-1)),
-        **{f"f1/{label}": scores[..., index] for index, label in enumerate(labels)},
-        "invalid_rate": ratio(confusion[..., -1].sum(-1), count),
+        "micro_f1": f1(hits.sum(-1), predicted.sum(-1), count),
+        "weighted_f1": ratio((scores * gold).sum(-1), count),
+        **{
+            f"{name}/{label}": values[..., index]
+            for name, values in by_label.items()
+            for index, label in enumerate(labels)
+        },
+        "invalid_rate": ratio(counts[..., -1].sum(-1), count),
     }
+
+
+def confusion(
+    totals: Float[np.ndarray, "*r S"], labels: Sequence[str]
+) -> Float[np.ndarray, "*r C C+1"]:
+    """Confusion matrix of summed statistics: gold by predicted label, last column invalid."""
+    return totals.reshape(*totals.shape[:-1], len(labels), len(labels) + 1)

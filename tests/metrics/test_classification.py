@@ -17,18 +17,44 @@ def scores(pairs):
     return {k: float(v) for k, v in classification.summarize(rows.sum(0), LABELS).items()}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(PAIRS)
 def test_equals_sklearn(pairs):
     sklearn = pytest.importorskip("sklearn.metrics")
     gold = [a for a, _ in pairs]
     predicted = [b or "invalid" for _, b in pairs]
     ours = scores(pairs)
-    each = sklearn.f1_score(gold, predicted, labels=LABELS, average=None, zero_division=0)
-    np.testing.assert_allclose([ours[f"f1/{label}"] for label in LABELS], each, atol=1e-12)
-    macro = sklearn.f1_score(gold, predicted, labels=LABELS, average="macro", zero_division=0)
-    assert ours["macro_f1"] == pytest.approx(macro, abs=1e-12)
+    each = sklearn.precision_recall_fscore_support(gold, predicted, labels=LABELS, zero_division=0)
+    for name, theirs in zip(("precision", "recall", "f1"), each, strict=False):
+        ours_each = [ours[f"{name}/{label}"] for label in LABELS]
+        np.testing.assert_allclose(ours_each, theirs, rtol=0, atol=1e-12)
+    for average in ("macro", "micro", "weighted"):
+        theirs = sklearn.f1_score(gold, predicted, labels=LABELS, average=average, zero_division=0)
+        assert ours[f"{average}_f1"] == pytest.approx(theirs, abs=1e-12)
     assert ours["accuracy"] == pytest.approx(sklearn.accuracy_score(gold, predicted), abs=1e-12)
+    if ours["invalid_rate"] == 0:
+        assert ours["micro_f1"] == pytest.approx(ours["accuracy"], abs=1e-12)
+    elif ours["accuracy"] > 0:
+        assert ours["micro_f1"] > ours["accuracy"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(PAIRS)
+def test_confusion_equals_sklearn(pairs):
+    sklearn = pytest.importorskip("sklearn.metrics")
+    gold, predicted = zip(*pairs, strict=True)
+    ours = classification.confusion(
+        classification.statistics(gold, predicted, LABELS).sum(0), LABELS
+    )
+    named = [label or "invalid" for label in predicted]
+    theirs = sklearn.confusion_matrix(gold, named, labels=[*LABELS, "invalid"])
+    np.testing.assert_array_equal(ours, theirs[:-1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(exclude_categories=())))
+def test_any_text_is_a_prediction(text):
+    assert scores([("Exact", text)])["invalid_rate"] == (text not in LABELS)
 
 
 def test_invalid_output_counts_as_wrong():
