@@ -21,7 +21,7 @@ def scores(gold, predicted, tuples=None):
     return {k: float(v) for k, v in ner.summarize(rows.sum(0), TYPES).items()}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(corpora())
 def test_strict_scores_equal_seqeval(corpus):
     seqeval = pytest.importorskip("seqeval.metrics")
@@ -41,7 +41,7 @@ def test_strict_scores_equal_seqeval(corpus):
     assert all(ours[f"f1/{name}"] == 0 for name in set(TYPES) - present)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(corpora(), st.randoms(use_true_random=False))
 def test_all_o_variant_equals_lenient_seqeval(corpus, random):
     seqeval = pytest.importorskip("seqeval.metrics")
@@ -52,8 +52,50 @@ def test_all_o_variant_equals_lenient_seqeval(corpus, random):
         for true, out in zip(gold, tuples, strict=True)
     ]
     theirs = seqeval.f1_score(gold, counted, zero_division=0)
-    ours = scores(gold, predicted, tuples)["entity_f1_all_o"]
-    assert ours == pytest.approx(theirs, abs=1e-12)
+    ours = scores(gold, predicted, tuples)
+    assert ours["entity_f1_all_o"] == pytest.approx(theirs, abs=1e-12)
+    theirs = seqeval.f1_score(gold, predicted, zero_division=0)
+    assert ours["entity_f1_lenient"] == pytest.approx(theirs, abs=1e-12)
+
+
+@settings(max_examples=500, deadline=None)
+@given(corpora())
+def test_partial_score_is_that_of_the_best_pairs(corpus):
+    from scipy.optimize import linear_sum_assignment
+
+    credit = entities = 0.0
+    for pair in zip(*corpus, strict=True):
+        gold, predicted = (ner.strict_entities(tags) for tags in pair)
+        entities += len(gold) + len(predicted)
+        worth = np.zeros((len(gold), len(predicted)))
+        for i, (_, begin, end) in enumerate(gold):
+            for j, (_, other_begin, other_end) in enumerate(predicted):
+                if (begin, end) == (other_begin, other_end):
+                    worth[i, j] = 1.0
+                elif begin <= other_end and other_begin <= end:
+                    worth[i, j] = 0.5
+        credit += worth[linear_sum_assignment(worth, maximize=True)].sum()
+    ours = scores(*corpus)
+    assert ours["entity_f1_partial"] == pytest.approx(2 * credit / max(entities, 1), abs=1e-12)
+    assert ours["entity_f1_partial"] >= ours["entity_f1"]
+
+
+def test_partial_score_by_hand():
+    # Equal spans of another type count 1, the longer span 1/2, the last entity nothing.
+    gold = [["B-color", "O", "B-UoM", "O", "O"]]
+    predicted = [["B-UoM", "O", "B-UoM", "I-UoM", "B-color"]]
+    assert scores(gold, predicted)["entity_f1_partial"] == pytest.approx(2 * 1.5 / (2 + 3))
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=())), min_size=1, max_size=6))
+def test_any_text_is_a_tag_of_a_tuple(texts):
+    gold = ["B-color"] + ["O"] * (len(texts) - 1)
+    marked = [text if index % 2 else f"I-{text}" for index, text in enumerate(texts)]
+    for tuples in (texts, marked, marked[1:]):
+        ours = scores([gold], [None], [tuples])
+        assert ours["entity_f1"] == 0 and 0 <= ours["entity_f1_all_o"] <= 1
+    assert ner.strict_entities(texts) <= ner.lenient_entities(texts)
 
 
 def test_invalid_output_counts_as_all_o():
@@ -62,6 +104,7 @@ def test_invalid_output_counts_as_all_o():
     assert invalid.pop("invalid_rate") == 0.5
     assert outside.pop("invalid_rate") == 0.0
     assert invalid == outside
+    assert invalid["entity_f1_lenient"] == invalid["entity_f1_partial"] == pytest.approx(2 / 3)
     assert invalid["entity_f1"] == pytest.approx(2 / 3)
 
 
