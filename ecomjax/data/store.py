@@ -20,12 +20,13 @@ import functools
 import itertools
 import random
 import string
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from ecomjax.data import catalogue
-from ecomjax.data.catalogue import HELD_OUT_SHARE, Kind, held_out_words
-from ecomjax.data.store_words import PRAISE, SPLITS, TITLES
+from ecomjax.data import catalogue, store_items
+from ecomjax.data.catalogue import HELD_OUT_SHARE, held_out_words
+from ecomjax.data.store_items import Item, first_id, fresh, generator, product_id, understand
+from ecomjax.data.store_words import SPLITS
 from ecomjax.errors import UserError
 
 __all__ = [
@@ -41,8 +42,6 @@ __all__ = [
     "relation",
     "rows",
 ]
-
-T = TypeVar("T")
 
 TASKS = ("esci", "queryner")
 RELATIONS = ("Exact", "Substitute", "Complement", "Irrelevant")
@@ -61,9 +60,6 @@ KEPT_SHARE = 0.8
 EXTRA_SHARE = 0.35
 """How often a product states an axis that was not asked for."""
 
-FRESH_DRAWS = 20
-ID_BLOCK = 10_000_000
-
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -72,14 +68,6 @@ class Sizes:
     train: int = 1000
     validation: int = 200
     test: int = 300
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """A type with values on some axes: a product, or what a query asks for."""
-
-    kind: Kind
-    values: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +127,7 @@ def gold_relation(row: Mapping[str, Any]) -> str:
     Args:
         row: a row of `rows("esci", ...)`; only `query` and `product_title` are read.
     """
-    return relation(_understand(row["query"]), _understand(row["product_title"]))
+    return relation(understand(row["query"]), understand(row["product_title"]))
 
 
 # --- Queries and products -------------------------------------------------------------
@@ -194,17 +182,12 @@ def _product(rng: random.Random, split: str, wanted: Item, label: str) -> Item:
 def _offer(rng: random.Random, split: str, wanted: Item, label: str) -> dict[str, Any]:
     """The product columns of an esci row."""
     product = _product(rng, split, wanted, label)
-    phrases = []
-    for slot in rng.choice(TITLES).split():
-        if slot == "type":
-            phrases.append(product.kind.name)
-        elif slot in product.values:
-            phrases += catalogue.spellings(slot, product.values[slot], "title")
+    title = store_items.title(rng, product)
     color = product.values.get("color")
     return {
         "product_locale": "us",
         "esci_label": label,
-        "product_title": string.capwords(" ".join([*phrases, rng.choice(PRAISE)])),
+        "product_title": title,
         "product_description": None,
         "product_bullet_point": None,
         "product_brand": string.capwords(product.values["creator"]),
@@ -215,37 +198,25 @@ def _offer(rng: random.Random, split: str, wanted: Item, label: str) -> dict[str
 # --- Rows -----------------------------------------------------------------------------
 
 
-def _fresh(draw: Callable[[], T], seen: set[Any], key: Callable[[T], Any]) -> T:
-    """A draw whose key was not seen yet, or the last of `FRESH_DRAWS`."""
-    drawn = draw()
-    for _ in range(FRESH_DRAWS - 1):
-        if key(drawn) not in seen:
-            break
-        drawn = draw()
-    seen.add(key(drawn))
-    return drawn
-
-
 def _queries(task: str, split: str, seed: int) -> Iterator[tuple[random.Random, Query]]:
     """Queries without end, each with a generator for the products to go with it."""
     seen: set[tuple[str, ...]] = set()
     for number in itertools.count():
-        # A text seeds through SHA-512, alike on every platform and under every hash seed.
-        rng = random.Random(f"{task}/{split}/{seed}/{number}")
+        rng = generator(task, split, seed, number)
         draw = functools.partial(_query, rng, split, of_products=task == "esci")
-        yield rng, _fresh(draw, seen, lambda query: query.tokens)
+        yield rng, fresh(draw, seen, lambda query: query.tokens)
 
 
 def _queryner_rows(split: str, seed: int, size: int) -> list[dict[str, Any]]:
     queries = itertools.islice(_queries("queryner", split, seed), size)
     return [
         {"example_id": row_id, "tokens": list(query.tokens), "ner_tags": list(query.tags)}
-        for row_id, (_, query) in enumerate(queries, SPLITS.index(split) * ID_BLOCK)
+        for row_id, (_, query) in enumerate(queries, first_id(split))
     ]
 
 
 def _esci_rows(split: str, seed: int, size: int) -> list[dict[str, Any]]:
-    first = SPLITS.index(split) * ID_BLOCK
+    first = first_id(split)
     made: list[dict[str, Any]] = []
     queries = itertools.islice(_queries("esci", split, seed), -(-size // PRODUCTS_PER_QUERY))
     for query_id, (rng, query) in enumerate(queries, first):
@@ -259,46 +230,8 @@ def _esci_rows(split: str, seed: int, size: int) -> list[dict[str, Any]]:
                     "example_id": row_id,
                     "query": " ".join(query.tokens),
                     "query_id": query_id,
-                    "product_id": f"SHOP{row_id:08d}",
-                    **_fresh(draw, titles, lambda offer: offer["product_title"]),
+                    "product_id": product_id(row_id),
+                    **fresh(draw, titles, lambda offer: offer["product_title"]),
                 }
             )
     return made
-
-
-# --- Reading the texts back -----------------------------------------------------------
-
-
-@functools.cache
-def _lexicon(kind: Kind) -> dict[str, tuple[str, str]]:
-    """Axis and value of every phrase that can describe a product of this type."""
-    return {
-        phrase: (axis, value)
-        for axis in kind.axes
-        for split in SPLITS
-        for value in catalogue.values(split, axis, kind.section, kind.aisle).everything
-        for place in catalogue.PLACES
-        for phrase in catalogue.spellings(axis, value, place)
-    }
-
-
-def _understand(text: str) -> Item:
-    """The item that a query or title describes: first its type, which tells the words' meaning.
-
-    The first of the longest phrases wins, as in "hoop earrings" against "earrings"; a type
-    after "for" is not the item's own.
-    """
-    words = text.lower().split()
-    spans = [(i, j) for i in range(len(words)) for j in range(min(i + 4, len(words)), i, -1)]
-    kind, first, last = next(
-        (catalogue.kinds()[name], i, j)
-        for i, j in spans
-        if (name := " ".join(words[i:j])) in catalogue.kinds() and (i == 0 or words[i - 1] != "for")
-    )
-    values, read = {}, 0
-    for i, j in spans:
-        outside = i >= read and (j <= first or i >= last)
-        if outside and (phrase := " ".join(words[i:j])) in _lexicon(kind):
-            axis, value = _lexicon(kind)[phrase]
-            values[axis], read = value, j
-    return Item(kind, values)
