@@ -7,7 +7,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ class Example:
     Attributes:
         id: unique within its split.
         inputs: what the prompt is made of.
-        target: the true answer, of the type that `Task.parse` returns; for answers of free
+        target: the true answer, of the type that `Task.parse` returns; for answers in free
             text all references (`tuple[str, ...]`), of which the first is trained on.
         group: what it is ranked together with, such as its query; "" for nothing.
         repaired: whether its row was mended by a rule of the task.
@@ -110,7 +110,8 @@ class Invalid:
 
 
 class Task(ABC):
-    """A task. Predictions are of the type of `Example.target`, or `Invalid`.
+    """A task. Predictions are of the type of `Example.target`, or `Invalid`; of answers in
+    free text, whose target is all references, they are texts.
 
     What it asks is defined once, by `user` and `answer`, and rendered for every kind of
     model: `prompt` for decoders, `source` for encoder-decoders, `pair` and `words` for
@@ -190,7 +191,11 @@ class Task(ABC):
         return Prompt(self.system, turns, self.user(example))
 
     def read(
-        self, rows: Iterable[Row], report: Reading, on_bad_row: OnBadRow = "raise"
+        self,
+        rows: Sequence[Row],
+        report: Reading,
+        on_bad_row: OnBadRow = "raise",
+        on_row: Callable[[int], None] = lambda count: None,
     ) -> Iterator[Example]:
         """The examples of rows, one after the other.
 
@@ -201,14 +206,18 @@ class Task(ABC):
             rows: of one split.
             report: counts what becomes of them.
             on_bad_row: "raise", or "drop" to leave bad rows out; they are counted.
+            on_row: called with 1 before each row, for progress.
 
         Raises:
             UserError: a row is bad, or an id is given twice.
         """
         ids: set[int] = set()
         values: set[int] = set()
-        for row in rows:
+        for place in range(len(rows)):
+            on_row(1)
             try:
+                # Not every row can be read, and an iterator would end at one that cannot.
+                row = rows[place]
                 example = self.example(row)
                 if isinstance(example, Example):
                     example = _told_apart(example, row, ids)
@@ -232,7 +241,7 @@ class Task(ABC):
 
     def examples(
         self,
-        rows: Iterable[Row],
+        rows: Sequence[Row],
         on_bad_row: OnBadRow = "raise",
         report: Reading | None = None,
     ) -> list[Example]:

@@ -25,7 +25,8 @@ class Esci(Task):
 
     The product is shown by title, brand and colour, each left out where it is null or
     blank; a product of which nothing is known is an error. The locale is not shown. The
-    products of a query are ranked together, by `query_id` where there is one.
+    products of a query are ranked together: of a `query_id`, or where that is not known of
+    the query's text.
 
     Args:
         description: show the description too.
@@ -65,8 +66,8 @@ class Esci(Task):
         label = column(row, "esci_label", str)
         if label not in _BY_SPELLING:
             raise bad_value(row, "esci_label", f"must be one of {', '.join(LABELS)}, E, S, C, I")
-        inputs = {"query": query, **inputs}
-        return Example(identity(row), inputs, _BY_SPELLING[label], group(row, "query_id"))
+        together = group(row, "query_id") or query.strip()
+        return Example(identity(row), {"query": query, **inputs}, _BY_SPELLING[label], together)
 
     def user(self, example: Example) -> str:
         query, product = self.pair(example)

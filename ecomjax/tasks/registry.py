@@ -7,10 +7,16 @@ from typing import Any
 
 from ecomjax.errors import UserError
 from ecomjax.tasks.base import Task
+from ecomjax.tasks.description_generation import DescriptionGeneration
 from ecomjax.tasks.esci import Esci
+from ecomjax.tasks.instruction import Instruction
 from ecomjax.tasks.queryner import QueryNer
+from ecomjax.tasks.review_summarization import ReviewSummarization
 
-TASKS: dict[str, type[Task]] = {kind.name: kind for kind in (Esci, QueryNer)}
+TASKS: dict[str, type[Task]] = {
+    kind.name: kind
+    for kind in (Esci, QueryNer, ReviewSummarization, DescriptionGeneration, Instruction)
+}
 
 
 def get_task(name: str, **options: Any) -> Task:

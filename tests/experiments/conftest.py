@@ -15,7 +15,8 @@ from ecomjax.hf.checkpoints import save_pretrained
 from ecomjax.hf.tokenizer import Tokenizer
 from ecomjax.models import registry
 from ecomjax.models.llama import LlamaConfig
-from ecomjax.tasks.registry import TASKS
+from ecomjax.tasks.esci import Esci
+from ecomjax.tasks.queryner import QueryNer
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -33,7 +34,7 @@ SMALL = {
     "training.batch_size": 4,
     "training.validation_examples": 6,
     "training.checkpoint_every": 2,
-    "evaluation.max_new_tokens": 8,
+    "task.max_new_tokens": 8,
     "evaluation.batch_size": 6,
     "evaluation.resamples": 50,
     "fewshot.shots": (0, 2),
@@ -43,8 +44,8 @@ SMALL = {
 
 
 def _train_tokenizer() -> Tokenizer:
-    """A byte-level BPE of 600 tokens, learnt from the prompts of the tasks and a few rows."""
-    tasks = [kind() for kind in TASKS.values()]
+    """A byte-level BPE of 600 tokens, learnt from the prompts of two tasks and a few rows."""
+    tasks = [Esci(), QueryNer()]
     texts = [task.system for task in tasks]
     for task in tasks:
         for example in task.load(SyntheticSource(1, Sizes(train=50)), "train"):
@@ -87,9 +88,12 @@ def tiny_base(tmp_path_factory):
 
 
 def _set(config, path, value):
-    """Sets a dotted path wherever a config, or a section of a study, has it."""
+    """Sets a dotted path wherever a config, or a section of a study, has it; task is any task."""
     section = path.partition(".")[0]
     nodes = [config, *(s for name in ("finetune", "icl") for s in config.get(name, {}).values())]
+    if section == "task":
+        trained = [node.tasks for node in nodes if node.experiment == "finetune"]
+        nodes += [{"task": task} for tasks in trained for task in tasks.values()]
     for node in nodes:
         if section in node:
             *parents, key = path.split(".")

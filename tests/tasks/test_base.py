@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import pytest
 
 from ecomjax.data.sources import Row
@@ -115,12 +117,27 @@ def test_a_reading_counts_what_becomes_of_every_row():
     assert str(report).startswith("2 examples; 1 rows skipped (1 tokens seen before); 3 rows bad")
 
 
-def test_a_reading_streams():
-    def rows():
-        yield query("a")
-        raise AssertionError("read ahead")
+class Broken(Sequence):
+    """Rows of which, once damaged, the second cannot be read and the fourth must not be."""
 
-    assert next(QueryNer().read(rows(), Reading())).target == ("O",)
+    damaged = False
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 1 and self.damaged:
+            raise UserError("line is not JSON (at 3)", "f.jsonl:2", "write JSON")
+        assert index < 3 or not self.damaged, "read ahead"
+        return query("abcd"[index], index + 1)
+
+
+def test_a_reading_streams_and_goes_on_after_rows_that_cannot_be_read():
+    report, seen, rows = Reading(), [], Broken()
+    found = QueryNer().read(rows, report, "drop", seen.append)
+    rows.damaged = True  # the check of types has looked at a row
+    assert [next(found).inputs["tokens"] for _ in range(2)] == [("a",), ("c",)]
+    assert seen == [1, 1, 1] and report.bad == {"line is not JSON": 1}
 
 
 def test_a_split_without_examples_is_told():

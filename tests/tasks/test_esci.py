@@ -37,6 +37,20 @@ def test_description_and_bullets_are_options():
     assert task.user(example(task)).endswith("\nDescription: Soft.\nFeatures: One\nTwo")
 
 
+def test_products_are_ranked_by_query_and_gain():
+    assert example().group == example(query_id=None).group == "red shoes"
+    assert example(query_id=7).group == example(query_id="7").group == "7"
+    with pytest.raises(UserError, match="bad value true in column 'query_id'"):
+        example(query_id=True)
+    assert Esci.gains == {"Exact": 1, "Substitute": 0.1, "Complement": 0.01, "Irrelevant": 0}
+
+
+def test_encoders_read_query_and_product_apart():
+    found = example(product_brand="Acme")
+    assert Esci().pair(found) == ("red shoes", "Product: Red Shoe {size}\nBrand: Acme")
+    assert Esci().source(found) == f"classify: {Esci().user(found)}"
+
+
 def test_letters_of_the_original_data_are_labels():
     assert [example(esci_label=label[0]).target for label in LABELS] == list(LABELS)
 
@@ -82,7 +96,8 @@ def test_invalid_is_wrong_and_counted():
 
 def test_real_rows_round_trip(shared_data):
     task = Esci(description=True, bullets=True)
-    for split in SPLITS:
+    for split, size in zip(SPLITS, (2238, 411, 725), strict=True):
         examples = task.load(LocalSource(shared_data), split)
+        assert len(examples) == size and all(e.group for e in examples)
         assert all(task.parse(task.answer(e), e) == e.target for e in examples)
         assert task.metrics([e.target for e in examples], examples)["macro_f1"] == 1.0

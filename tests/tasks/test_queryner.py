@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 
 from ecomjax.data.sources import SPLITS, LocalSource, Row
 from ecomjax.errors import UserError
-from ecomjax.tasks.base import Example, Invalid
+from ecomjax.metrics.ner import lenient_entities, strict_entities
+from ecomjax.tasks.base import Example, Invalid, Reading
 from ecomjax.tasks.queryner import TAGS, QueryNer
 
 WORDS = st.one_of(
@@ -120,10 +121,43 @@ def test_bad_rows(tokens, tags, message):
         example(tokens, tags)
 
 
+def test_repair_begins_an_entity_with_an_orphan_and_counts_it():
+    tags = ["I-color", "I-color", "O", "I-shape", "B-color", "I-shape", "I-shape"]
+    mended = ("B-color", "I-color", "O", "B-shape", "B-color", "B-shape", "I-shape")
+    values = {"example_id": None, "tokens": list("abcdefg"), "ner_tags": tags}
+    rows = [Row(values, "f:1"), Row(values | {"ner_tags": ["O"] * 7}, "f:2")]
+    report = Reading()
+    first, second = QueryNer(repair=True).examples(rows, report=report)
+    assert first.target == mended and first.repaired and not second.repaired
+    assert report == Reading(kept=2, repaired=1)
+    assert strict_entities(mended) == lenient_entities(tags)
+    with pytest.raises(UserError, match="none of O"):
+        QueryNer(repair=True).example(Row(values | {"ner_tags": ["I-x"] * 7}, "f:3"))
+    with pytest.raises(UserError, match="6 tags for 7 tokens"):
+        QueryNer(repair=True).example(Row(values | {"ner_tags": tags[1:]}, "f:3"))
+
+
+@given(st.lists(st.sampled_from(TAGS), min_size=1, max_size=8))
+def test_repaired_tags_are_well_formed_and_mean_what_the_default_mode_reads(tags):
+    values = {"example_id": None, "tokens": ["x"] * len(tags), "ner_tags": tags}
+    found = QueryNer(repair=True).example(Row(values, "f:1"))
+    assert strict_entities(found.target) == lenient_entities(tags)
+    assert not QueryNer().example(Row(values | {"ner_tags": list(found.target)}, "f:1")).repaired
+
+
+def test_words_and_tags_stay_aligned_whatever_the_words():
+    words = ["cafe\u0301", "café", "a\u2028b", "\u202eabc", "👩‍👩‍👧", "x\x00y", "½"]
+    found = example(words, ["O"] * 7)
+    task = QueryNer()
+    assert task.words(found) == tuple(words) and len(found.target) == 7
+    assert task.parse(task.answer(found), found) == found.target
+
+
 def test_real_rows_round_trip(shared_data):
     task = QueryNer()
-    for split in SPLITS:
+    for split, size in zip(SPLITS, (7841, 871, 510), strict=True):
         rows = task.load(LocalSource(shared_data), split)
+        assert len(rows) == size
         assert all(task.parse(task.answer(row), row) == row.target for row in rows)
         metrics = task.metrics([row.target for row in rows], rows)
         assert metrics["entity_f1"] == metrics["entity_f1_all_o"] == 1.0
