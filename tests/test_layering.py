@@ -38,7 +38,10 @@ OUTSIDE_NEVER_IN = {
     "ecomjax/metrics/": ("jax", "flax"),
     "configs/": ("jax", "flax", "ecomjax"),
 }
-LAZY = ("datasets", "gguf", "sentencepiece", "sklearn", "tensorboardX", "torch", "transformers")
+LAZY = (
+    *("datasets", "gguf", "rouge_score", "sacrebleu", "scipy", "sentencepiece", "seqeval"),
+    *("sklearn", "tensorboardX", "torch", "transformers"),
+)
 
 
 def imported(tree: ast.AST, package: str) -> Iterator[tuple[str, int]]:

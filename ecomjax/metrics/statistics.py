@@ -76,10 +76,10 @@ def paired_bootstrap(
     smallest possible value is 2 / (1 + resamples).
 
     Measured over 2,000 pairs of equally good systems, p is below 0.05 in 3 to 5 % of them
-    for accuracy, and for macro F1 with 200 examples or more on which the answers often
-    differ. For macro F1 it is too often with fewer: in 6.0 % with 100 examples, in 7.7 %
-    with 20, and in 5.8 % with 200 of which only 26 are answered differently. `mcnemar`
-    keeps its level everywhere.
+    for accuracy of 50 examples or more, and for macro F1 of 200 or more if the two often
+    answer differently. It is too often for macro F1 of fewer: in 6.0 % with 100 examples,
+    in 7.7 % with 20; and in 5.8 % with 200 of which only 26 are answered differently.
+    `mcnemar` keeps its level everywhere.
 
     Args:
         stats_a: one row of additive statistics per example for the first system.

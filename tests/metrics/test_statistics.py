@@ -204,6 +204,13 @@ def test_what_may_be_claimed(comparison, n, said):
     assert statistics.verdict(*comparison, n) == said
 
 
+def test_sizes_by_hand():
+    assert statistics.detectable(-0.05, 0.15) == pytest.approx(0.1)
+    assert statistics.examples_needed(-0.05, -0.15, 0.05, 300) == 1200
+    assert statistics.examples_needed(0.5, 0.4, 0.6, 300) == statistics.FEWEST_EXAMPLES
+    assert statistics.examples_needed(0.0, -0.1, 0.1, 300) == math.inf
+
+
 def test_a_split_of_the_size_needed_tells_the_difference():
     draw = [systems(n, 7, 0.75, 0.65) for n in (150, 40000)]
     small, large = (statistics.paired_bootstrap(*s, summarize, 1000)["accuracy"] for s in draw)
@@ -213,7 +220,6 @@ def test_a_split_of_the_size_needed_tells_the_difference():
     stats = systems(4 * needed, 8, 0.75, 0.65)
     told = statistics.paired_bootstrap(*stats, summarize, 1000)["accuracy"]
     assert statistics.verdict(*told, 4 * needed) == "better"
-    assert statistics.examples_needed(0.0, -0.1, 0.1, 100) == math.inf
 
 
 def test_continuous_statistics_are_resampled_in_bounded_memory():
