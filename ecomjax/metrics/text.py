@@ -11,15 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from ecomjax.metrics.ratios import ratio
-
-if TYPE_CHECKING:
-    from sacrebleu.metrics.base import Metric
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -77,8 +74,8 @@ def statistics(
     return rows
 
 
-def _sacrebleu(metric: Metric, references: Sequence[str], text: str) -> list[float]:
-    """Statistics of one output, whose sums over the corpus sacrebleu's score is made of."""
+def _sacrebleu(metric: Any, references: Sequence[str], text: str) -> list[float]:
+    """One output's statistics for a metric of sacrebleu; its score is one of their sums."""
     # sacrebleu has no public name for these two steps; its own bootstrap takes them so.
     return metric._extract_corpus_statistics([text], [[one] for one in references])[0]
 
@@ -119,8 +116,8 @@ def summarize(totals: Float[np.ndarray, "*r S"]) -> dict[str, np.ndarray]:
     }
 
 
-def _scores(metric: Metric, totals: Float[np.ndarray, "*r k"]) -> Float[np.ndarray, "*r"]:
-    """sacrebleu's scores of summed statistics."""
+def _scores(metric: Any, totals: Float[np.ndarray, "*r k"]) -> Float[np.ndarray, "*r"]:
+    """Scores of summed statistics by a metric of sacrebleu."""
     rows = totals.reshape(-1, totals.shape[-1]).tolist()
     scores = [metric._compute_score_from_stats(row).score for row in rows]
     return np.array(scores, float).reshape(totals.shape[:-1])
