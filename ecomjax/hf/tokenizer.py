@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -149,6 +148,15 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [self._checked(encoding.ids) for encoding in encodings]
 
+    def enclosed(self, first: str, second: str | None = None) -> tokenizers.Encoding:
+        """A text or a pair with the special tokens that the tokenizer puts around it.
+
+        What an encoder reads; with its token types, and which token is of which text, where.
+        """
+        encoding = self._backend.encode(first, second)
+        self._checked(encoding.ids)
+        return encoding
+
     def _checked(self, ids: list[int]) -> list[int]:
         if max(ids, default=0) >= self.rows:
             token = self._backend.id_to_token(max(ids))
@@ -178,7 +186,7 @@ class Tokenizer:
             )
         return self._template.render(messages, add_generation_prompt)
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """Hash of all that decides about ids and conversations."""
         template = self._template.source if self._template else None

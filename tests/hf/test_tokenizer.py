@@ -187,7 +187,8 @@ def test_special_tokens_without_a_row_are_refused_in_texts(backend):
     tokenizer = Tokenizer(backend, {"eos_token": "<|endoftext|>"}, None, "there")
     check_vocabulary(tokenizer, 264, "there")
     assert tokenizer.encode("the") == tokenizer.encode_batch(["the"])[0]
-    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+    batch, enclosed = (lambda text: tokenizer.encode_batch([text])), tokenizer.enclosed
+    for encode in (tokenizer.encode, batch, enclosed, lambda text: enclosed("the", text)):
         with pytest.raises(UserError, match="a text holds '<image>'"):
             encode("a <image> of it")
     with pytest.raises(UserError, match="the embedding 263 rows"):
