@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from ecomjax.data.sources import Row, Source
+from ecomjax.data.sources import Row, Rows, Source
 from ecomjax.errors import UserError
 
 OnBadRow = Literal["raise", "drop"]
@@ -192,7 +192,7 @@ class Task(ABC):
 
     def read(
         self,
-        rows: Sequence[Row],
+        rows: Rows,
         report: Reading,
         on_bad_row: OnBadRow = "raise",
         on_row: Callable[[int], None] = lambda count: None,
@@ -241,7 +241,7 @@ class Task(ABC):
 
     def examples(
         self,
-        rows: Sequence[Row],
+        rows: Rows,
         on_bad_row: OnBadRow = "raise",
         report: Reading | None = None,
     ) -> list[Example]:
