@@ -1,4 +1,5 @@
-"""What costs nothing: predictors that any model has to beat, learnt from the training split.
+"""What costs nothing: predictors that any model has to beat, copied from the input or
+learnt from the training split.
 
 Their predictions are of the type that `Task.parse` returns, so that they are scored
 through the same statistics as a model's.
@@ -15,6 +16,8 @@ from ecomjax.tasks.base import Example, Task
 
 Floor = Callable[[Task, Sequence[Example], Sequence[Example]], list[Any]]
 
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s")
+
 
 def majority(task: Task, train: Sequence[Example], examples: Sequence[Example]) -> list[str]:
     """The most frequent target of the training split, for every example."""
@@ -25,19 +28,18 @@ def majority(task: Task, train: Sequence[Example], examples: Sequence[Example]) 
 def word_tags(
     task: Task, train: Sequence[Example], examples: Sequence[Example]
 ) -> list[tuple[str, ...]]:
-    """For each token the tag it has most often in training, wherever it stands.
+    """For each word the tag it has most often in training, wherever it stands.
 
     Words are compared in lower case; those not seen get the most frequent tag of all.
     """
-    del task
     tags = defaultdict(list)
     for example in train:
-        for token, tag in zip(example.inputs["tokens"], example.target, strict=True):
-            tags[token.lower()].append(tag)
+        for word, tag in zip(task.words(example) or (), example.target, strict=True):
+            tags[word.lower()].append(tag)
     default = _most_frequent(tag for seen in tags.values() for tag in seen)
-    best = {token: _most_frequent(seen) for token, seen in tags.items()}
+    best = {word: _most_frequent(seen) for word, seen in tags.items()}
     return [
-        tuple(best.get(token.lower(), default) for token in example.inputs["tokens"])
+        tuple(best.get(word.lower(), default) for word in task.words(example) or ())
         for example in examples
     ]
 
@@ -46,8 +48,11 @@ def bag_of_words(task: Task, train: Sequence[Example], examples: Sequence[Exampl
     """Logistic regression on the words of the input, by field.
 
     The text is what the task shows a model, one field a line; a word counts apart in each
-    field (`Query: red` is not `Color: red`). Weights are tf-idf, classes are balanced.
+    field (`Query: red` is not `Color: red`). Weights are tf-idf, classes are balanced. With
+    one class in training there is nothing to learn but that.
     """
+    if len({example.target for example in train}) == 1:
+        return majority(task, train, examples)
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -61,18 +66,56 @@ def bag_of_words(task: Task, train: Sequence[Example], examples: Sequence[Exampl
     return [str(label) for label in model.predict([task.user(example) for example in examples])]
 
 
-FLOORS: dict[str, dict[str, Floor]] = {
-    "esci": {"majority class": majority, "bag of words": bag_of_words},
-    "queryner": {"most frequent tag per word": word_tags},
+def lead_review(task: Task, train: Sequence[Example], examples: Sequence[Example]) -> list[str]:
+    """The first review as it is."""
+    del task, train
+    return [example.inputs["reviews"][0] for example in examples]
+
+
+def lead_sentences(task: Task, train: Sequence[Example], examples: Sequence[Example]) -> list[str]:
+    """The first sentence of every review; one ends at a full stop and the like, and a blank."""
+    del task, train
+    return [
+        " ".join(_SENTENCE_END.split(review, maxsplit=1)[0] for review in example.inputs["reviews"])
+        for example in examples
+    ]
+
+
+def copied_title(task: Task, train: Sequence[Example], examples: Sequence[Example]) -> list[str]:
+    """The product's title as its description."""
+    del task, train
+    return [example.inputs["title"] for example in examples]
+
+
+def copied_bullets(task: Task, train: Sequence[Example], examples: Sequence[Example]) -> list[str]:
+    """The product's bullet points as its description, or its title where it has none."""
+    del task, train
+    return [example.inputs.get("bullets", example.inputs["title"]) for example in examples]
+
+
+OF_LABELS: dict[str, Floor] = {"majority class": majority, "bag of words": bag_of_words}
+
+OF_TAGS: dict[str, Floor] = {"most frequent tag per word": word_tags}
+
+OF_TEXTS: dict[str, dict[str, Floor]] = {
+    "review_summarization": {
+        "first review": lead_review,
+        "first sentence of each review": lead_sentences,
+    },
+    "description_generation": {"title": copied_title, "bullet points": copied_bullets},
 }
-"""Floors by task, and by the name they have in tables."""
+"""Floors of tasks answered in free text, by task and by the name they have in tables."""
 
 
 def floors(
     task: Task, train: Sequence[Example], examples: Sequence[Example]
 ) -> dict[str, list[Any]]:
-    """Predictions of every floor of the task, by name; empty for a task that has none."""
-    return {name: floor(task, train, examples) for name, floor in FLOORS.get(task.name, {}).items()}
+    """Predictions of every floor of the task, by name; empty for a task that has none.
+
+    Every task with labels or tags has those of such tasks.
+    """
+    known = OF_LABELS if task.labels else OF_TAGS if task.tags else OF_TEXTS.get(task.name, {})
+    return {name: floor(task, train, examples) for name, floor in known.items()}
 
 
 def _most_frequent(values: Iterable[str]) -> str:

@@ -4,8 +4,11 @@ from ecomjax.data.sources import LocalSource, SyntheticSource
 from ecomjax.data.store import Sizes
 from ecomjax.evaluation.floors import bag_of_words, floors, majority, word_tags
 from ecomjax.tasks.base import Example
+from ecomjax.tasks.description_generation import DescriptionGeneration
 from ecomjax.tasks.esci import Esci
+from ecomjax.tasks.instruction import Instruction
 from ecomjax.tasks.queryner import QueryNer
+from ecomjax.tasks.review_summarization import ReviewSummarization
 
 
 def query(tokens, tags=""):
@@ -36,6 +39,48 @@ def test_bag_of_words_learns_words_by_field():
     train = [pair("red", "x blue", "Exact"), pair("blue", "x red", "Irrelevant")] * 5
     asked = [pair("red", "new blue"), pair("blue", "new red")]
     assert bag_of_words(Esci(), train, asked) == ["Exact", "Irrelevant"]
+
+
+def test_one_class_is_all_that_can_be_learnt():
+    assert bag_of_words(Esci(), [pair("a", "b")] * 3, [pair("c", "d")]) == ["Exact"]
+
+
+def test_reviews_are_copied():
+    task = ReviewSummarization()
+    reviews = ("Good. Cheap, too.", "Bad 3.5 inch screen! Never again.", "no end")
+    example = Example("1", {"reviews": reviews}, ("good",))
+    assert floors(task, [], [example]) == {
+        "first review": ["Good. Cheap, too."],
+        "first sentence of each review": ["Good. Bad 3.5 inch screen! no end"],
+    }
+
+
+def test_product_fields_are_copied():
+    task = DescriptionGeneration()
+    full = Example("1", {"title": "hat", "bullets": "warm soft"}, ("a warm hat",))
+    bare = Example("2", {"title": "cap"}, ("a cap",))
+    assert floors(task, [], [full, bare]) == {
+        "title": ["hat", "cap"],
+        "bullet points": ["warm soft", "cap"],
+    }
+
+
+def test_free_text_of_ones_own_has_no_floor():
+    assert floors(Instruction(), [], []) == {}
+
+
+def test_real_floors_of_texts_and_instructions(shared_data):
+    source = LocalSource(shared_data)
+    task = ReviewSummarization()
+    test = task.load(source, "test")
+    for name, guesses in floors(task, [], test).items():
+        metrics = task.metrics(guesses, test)
+        assert 0.1 < metrics["rougeL"] < 0.3 and metrics["invalid_rate"] == 0, name
+    task = Instruction("ecinstruct/product_matching", "label", ("yes", "no"))
+    train, test = (task.load(source, split) for split in ("train", "test"))
+    for name, guesses in floors(task, train, test).items():
+        metrics = task.metrics(guesses, test)
+        assert 0 < metrics["macro_f1"] < 1 and metrics["invalid_rate"] == 0, name
 
 
 @pytest.mark.parametrize("task", [Esci(), QueryNer()], ids=lambda task: task.name)
