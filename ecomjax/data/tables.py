@@ -109,13 +109,15 @@ def write(path: Path, batches: Iterable[Any], source: Path | None = None) -> int
 
     Args:
         path: new file.
-        batches: at least one.
+        batches: none for a table without rows or columns.
         source: the file they are from, if `check_growth` is to watch what comes of it.
     """
     import pyarrow as pa
 
     batches = iter(batches)
-    first = next(batches)
+    first = next(batches, None)
+    if first is None:
+        first = pa.RecordBatch.from_pylist([], pa.schema([]))
     rows = 0
     try:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, first.schema) as writer:
@@ -230,10 +232,8 @@ def _csv_fault(cells: list[str], wanted: int) -> str | None:
     if len(cells) != wanted:
         return f"row of {len(cells)} cells under a header of {wanted}"
     text = "".join(cells)
-    if "\0" in text:
-        return "row holds NUL"
     try:
         text.encode()
     except UnicodeEncodeError as error:
         return f"row is not UTF-8 (a byte is {ord(text[error.start]) & 0xFF:#04x})"
-    return None
+    return "row holds NUL" if "\0" in text else None
