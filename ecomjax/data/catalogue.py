@@ -88,7 +88,7 @@ def aisle_side(aisle: int, accessory: bool) -> list[Kind]:
 @functools.cache
 def aisles(split: str) -> Pool:
     """The aisles of a split."""
-    return _pool(split, range(len(AISLES)), _home_by_place)
+    return pool(split, range(len(AISLES)), home_by_place)
 
 
 @functools.cache
@@ -98,16 +98,17 @@ def values(split: str, axis: str, section: str, aisle: int) -> Pool:
         return Pool([kind.name for kind in aisle_side(aisle, accessory=False)], [])
     listed = as_list(ASKED.get(axis) or SECTIONS[section][axis])
     if axis == "creator":
-        return _pool(split, listed, lambda value: _home_by_place(listed.index(value)))
-    return _pool(split, listed, _home_by_word if axis in HELD_OUT_AXES else lambda _: "train")
+        return pool(split, listed, lambda value: home_by_place(listed.index(value)))
+    return pool(split, listed, _home_by_word if axis in HELD_OUT_AXES else lambda _: "train")
 
 
-def _pool(split: str, things: Sequence[Any], home: Callable[[Any], str]) -> Pool:
+def pool(split: str, things: Sequence[Any], home: Callable[[Any], str]) -> Pool:
+    """What a split draws of the things, given where each is at home."""
     shared = [thing for thing in things if home(thing) == "train"]
     return Pool(shared, [thing for thing in things if home(thing) == split != "train"])
 
 
-def _home_by_place(place: int) -> str:
+def home_by_place(place: int) -> str:
     """Aisles and the brands of a section: every fourth for test, every eighth for validation."""
     return "test" if place % 4 == 3 else "validation" if place % 8 == 2 else "train"
 

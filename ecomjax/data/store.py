@@ -1,13 +1,15 @@
-"""A small synthetic shop: labelled product searches without a network, drawn from a seed.
+"""A small synthetic shop: labelled data of every task without a network, drawn from a seed.
 
 The shop has a catalogue of product types in aisles. An aisle holds types that can stand in for
 one another, and the types that are used together with those. A product is a type with a value
 on each of some axes (brand, colour, size, ...). A query is made from a template of axes, so the
 tag of every word is known, and `relation` defines how a product relates to what is asked for.
-Rows have the columns of the real data sets in whose place they stand.
+What its customers and sellers write is in `store_reviews` and `store_descriptions`. Rows have
+the columns of the real data sets in whose place they stand.
 
-Each split has query templates of its own, and validation and test each have aisles, brands and
-other words that no other split has; see `HELD_OUT_SHARE` and `held_out_words`.
+Each split has query templates and sentences of its own, and validation and test each have
+aisles, brands and other words that no other split has; see `HELD_OUT_SHARE` and
+`held_out_words`.
 
 A row depends on task, split, seed and the rows before it, never on the size: a smaller set is
 the beginning of a larger one, in every process and on every platform.
@@ -23,9 +25,11 @@ import string
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ecomjax.data import catalogue, store_items
+from ecomjax.data import catalogue, store_descriptions, store_items, store_reviews
 from ecomjax.data.catalogue import HELD_OUT_SHARE, held_out_words
+from ecomjax.data.store_descriptions import gold_description
 from ecomjax.data.store_items import Item, first_id, fresh, generator, product_id, understand
+from ecomjax.data.store_reviews import gold_summary
 from ecomjax.data.store_words import SPLITS
 from ecomjax.errors import UserError
 
@@ -37,20 +41,19 @@ __all__ = [
     "TASKS",
     "Item",
     "Sizes",
+    "gold_description",
     "gold_relation",
+    "gold_summary",
     "held_out_words",
     "relation",
     "rows",
 ]
 
-TASKS = ("esci", "queryner")
+TASKS = ("esci", "queryner", store_reviews.TASK, store_descriptions.TASK)
 RELATIONS = ("Exact", "Substitute", "Complement", "Irrelevant")
 
 RELATION_SHARES = (0.44, 0.26, 0.12, 0.18)
 """Expected shares of `RELATIONS`: the order of the real data, with its rare classes less rare."""
-
-ACCESSORY_SHARE = 0.3
-"""Queries that ask for an accessory and not for what it goes with."""
 
 PRODUCTS_PER_QUERY = 4
 
@@ -83,7 +86,9 @@ def rows(task: str, split: str, seed: int, size: int) -> list[dict[str, Any]]:
     """The first `size` rows of a split.
 
     Args:
-        task: "esci" (query, product, relation) or "queryner" (query, BIO tags).
+        task: "esci" (query, product, relation), "queryner" (query, BIO tags),
+            "review_summarization" (reviews, summary) or "description_generation" (product,
+            description).
         split: "train", "validation" or "test".
         seed: another seed gives other rows of the same shop.
         size: number of rows.
@@ -100,7 +105,13 @@ def rows(task: str, split: str, seed: int, size: int) -> list[dict[str, Any]]:
             raise UserError(f"unknown {name} {value!r}", "the synthetic shop", remedy)
     if size < 0:
         raise UserError(f"negative size {size}", "the synthetic shop", "ask for 0 or more rows")
-    return (_esci_rows if task == "esci" else _queryner_rows)(split, seed, size)
+    makers = {
+        "esci": _esci_rows,
+        "queryner": _queryner_rows,
+        store_reviews.TASK: store_reviews.rows,
+        store_descriptions.TASK: store_descriptions.rows,
+    }
+    return makers[task](split, seed, size)
 
 
 def relation(wanted: Item, product: Item) -> str:
@@ -135,8 +146,7 @@ def gold_relation(row: Mapping[str, Any]) -> str:
 
 def _query(rng: random.Random, split: str, of_products: bool) -> Query:
     """A query from a template; `of_products` if every word can be checked on a product."""
-    aisle = catalogue.aisles(split).draw(rng)
-    kind = rng.choice(catalogue.aisle_side(aisle, accessory=rng.random() < ACCESSORY_SHARE))
+    kind = store_items.draw_kind(rng, split)
     tokens, tags, values, place = [], [], {}, "before"
     for slot in rng.choice(catalogue.templates(split, kind, of_products)):
         phrase, tag = slot, None

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import random
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ecomjax.data import catalogue
@@ -14,6 +14,9 @@ from ecomjax.data.catalogue import Kind
 from ecomjax.data.store_words import PRAISE, SPLITS, TITLES
 
 T = TypeVar("T")
+
+ACCESSORY_SHARE = 0.3
+"""How often an accessory is drawn and not what it goes with."""
 
 FRESH_DRAWS = 20
 ID_BLOCK = 10_000_000
@@ -42,6 +45,15 @@ def product_id(row_id: int) -> str:
     return f"SHOP{row_id:08d}"
 
 
+def capitalized(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def joined(phrases: Sequence[str]) -> str:
+    """Phrases as in "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(phrases[:-1]), *phrases[-1:])))
+
+
 def fresh(draw: Callable[[], T], seen: set[Any], key: Callable[[T], Any]) -> T:
     """A draw whose key was not seen yet, or the last of `FRESH_DRAWS`."""
     drawn = draw()
@@ -51,6 +63,25 @@ def fresh(draw: Callable[[], T], seen: set[Any], key: Callable[[T], Any]) -> T:
         drawn = draw()
     seen.add(key(drawn))
     return drawn
+
+
+def draw_kind(rng: random.Random, split: str) -> Kind:
+    """A product type that a split has."""
+    aisle = catalogue.aisles(split).draw(rng)
+    return rng.choice(catalogue.aisle_side(aisle, accessory=rng.random() < ACCESSORY_SHARE))
+
+
+def draw_product(rng: random.Random, split: str, share: float) -> Item:
+    """A product with a brand, and a value on each other axis that often."""
+    kind = draw_kind(rng, split)
+    return Item(
+        kind,
+        {
+            axis: catalogue.values(split, axis, kind.section, kind.aisle).draw(rng)
+            for axis in kind.axes
+            if axis == "creator" or rng.random() < share
+        },
+    )
 
 
 def title(rng: random.Random, product: Item) -> str:
