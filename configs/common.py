@@ -9,10 +9,48 @@ from ml_collections import ConfigDict
 from configs import models
 
 TASKS = {
-    "esci": {"max_new_tokens": 8, "batch_size": 16, "validation": 200},
-    "queryner": {"max_new_tokens": 112, "batch_size": 64, "validation": 64},
+    "esci": {
+        "options": {"description": False, "bullets": False},
+        "max_new_tokens": 8,
+        "batch_size": 16,
+        "validation": 200,
+        "row_length": 512,
+    },
+    "queryner": {
+        "options": {"repair": False},
+        "max_new_tokens": 112,
+        "batch_size": 64,
+        "validation": 64,
+        "row_length": 512,
+    },
+    "review_summarization": {
+        "options": {"target": "verdict", "reviews": 4},
+        "max_new_tokens": 128,
+        "batch_size": 16,
+        "validation": 32,
+        "row_length": 1024,
+    },
+    "description_generation": {
+        "options": {"bullets": True, "locale": "us"},
+        "max_new_tokens": 192,
+        "batch_size": 16,
+        "validation": 32,
+        "row_length": 1024,
+    },
+    "instruction": {
+        "options": {
+            "data": "ecinstruct/product_matching",
+            "score": "label",
+            "labels": ("yes", "no"),
+        },
+        "max_new_tokens": 64,
+        "batch_size": 16,
+        "validation": 64,
+        "row_length": 1024,
+    },
 }
-"""What differs from task to task: length of answers, prompts at once, validation examples."""
+"""What differs from task to task: options of its class, length of answers, prompts at once,
+validation examples, length of rows."""
 
 
 def choose(arg: str, choices, file: str) -> str:
@@ -23,10 +61,12 @@ def choose(arg: str, choices, file: str) -> str:
     return arg
 
 
-def parse(arg: str, file: str) -> tuple[str, str, bool]:
-    """Task, model and whether it is a smoke test: "queryner,llama3_1_8b,smoke"."""
-    task, *options = arg.split(",")
-    choose(task, TASKS, file)
+def parse(arg: str, file: str) -> tuple[list[str], str, bool]:
+    """Tasks, model and whether it is a smoke test: "esci+queryner,llama3_1_8b,smoke"."""
+    first, *options = arg.split(",")
+    names = first.split("+")
+    for name in names:
+        choose(name, TASKS, file)
     model, smoke = models.DEFAULT, False
     for option in options:
         if option == "smoke":
@@ -35,14 +75,22 @@ def parse(arg: str, file: str) -> tuple[str, str, bool]:
             model = option
         else:
             raise ValueError(
-                f"unknown option {option!r} of {file}; use {file}:{task},smoke "
-                f"or a model of configs/models.py, such as {file}:{task},{model}"
+                f"unknown option {option!r} of {file}; use {file}:{first},smoke "
+                f"or a model of configs/models.py, such as {file}:{first},{model}"
             )
-    return task, model, smoke
+    return list(dict.fromkeys(names)), model, smoke
 
 
-def task(name: str) -> ConfigDict:
-    return ConfigDict({"name": name, "prompt": "chat"})
+def task(name: str, smoke: bool = False) -> ConfigDict:
+    return ConfigDict(
+        {
+            "name": name,
+            "options": TASKS[name]["options"],
+            "prompt": "chat",
+            "method": "auto",
+            "max_new_tokens": 16 if smoke else TASKS[name]["max_new_tokens"],
+        }
+    )
 
 
 def data(smoke: bool = False) -> ConfigDict:
@@ -51,10 +99,30 @@ def data(smoke: bool = False) -> ConfigDict:
             "source": "synthetic",
             "path": "",
             "revision": "",
+            "streaming": False,
+            "stream_limit": 0,
+            "version": "",
+            "locale": "",
             "seed": 0,
             "train_size": 32 if smoke else 0,
             "validation_size": 8 if smoke else 0,
             "test_size": 16 if smoke else 0,
+            "draw": "independent",
+            "on_bad_row": "raise",
+            "on_overlap": "warn",
+            "cache": "",
+        }
+    )
+
+
+def mixture(tasks: list[str]) -> ConfigDict:
+    return ConfigDict(
+        {
+            "policy": "concatenate",
+            "temperature": 1.0,
+            "weights": dict.fromkeys(tasks, 1.0),
+            "cap": 0,
+            "examples": 0,
         }
     )
 
@@ -85,18 +153,18 @@ def optimizer() -> ConfigDict:
     )
 
 
-def training(task: str, smoke: bool = False) -> ConfigDict:
+def training(tasks: list[str], smoke: bool = False) -> ConfigDict:
     return ConfigDict(
         {
             "epochs": 1 if smoke else 3,
             "batch_size": 16,
-            "row_length": 512,
+            "row_length": max(TASKS[task]["row_length"] for task in tasks),
             "rows": 1,
             "packing": "shared_prefix",
             "too_long": "drop",
             "seed": 0,
             "evaluate_every": 0,
-            "validation_examples": 8 if smoke else TASKS[task]["validation"],
+            "validation_examples": 8 if smoke else min(TASKS[t]["validation"] for t in tasks),
             "select": "metric",
             "patience": 0,
             "checkpoint_every": 50,
@@ -105,13 +173,11 @@ def training(task: str, smoke: bool = False) -> ConfigDict:
     )
 
 
-def evaluation(task: str, smoke: bool = False) -> ConfigDict:
+def evaluation(tasks: list[str], smoke: bool = False) -> ConfigDict:
     return ConfigDict(
         {
             "split": "test",
-            "method": "auto",
-            "batch_size": TASKS[task]["batch_size"],
-            "max_new_tokens": 16 if smoke else TASKS[task]["max_new_tokens"],
+            "batch_size": min(TASKS[task]["batch_size"] for task in tasks),
             "temperature": 0.0,
             "top_p": 1.0,
             "resamples": 200 if smoke else 2000,

@@ -1,4 +1,6 @@
-"""One LoRA adapter for one task: `--config=configs/finetune.py:queryner[,MODEL][,smoke]`."""
+"""One LoRA adapter for one task, or for a mixture of several:
+`--config=configs/finetune.py:queryner[,MODEL][,smoke]`, or `:esci+queryner` for two.
+"""
 
 from ml_collections import ConfigDict
 
@@ -6,14 +8,15 @@ from configs import common, models
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    task, model, smoke = common.parse(arg, "configs/finetune.py")
+    tasks, model, smoke = common.parse(arg, "configs/finetune.py")
     config = ConfigDict()
     config.experiment = "finetune"
     config.model = models.get(model)
-    config.task = common.task(task)
+    config.tasks = ConfigDict({task: common.task(task, smoke) for task in tasks})
     config.data = common.data(smoke)
+    config.mixture = common.mixture(tasks)
     config.adapter = common.adapter()
     config.optimizer = common.optimizer()
-    config.training = common.training(task, smoke)
-    config.evaluation = common.evaluation(task, smoke)
+    config.training = common.training(tasks, smoke)
+    config.evaluation = common.evaluation(tasks, smoke)
     return config

@@ -19,6 +19,8 @@ SIZES = {
 }
 """Rows of each split; 0 is all."""
 
+TASKS = ("esci", "queryner")
+
 EPOCHS = {"esci": 2, "queryner": 1}
 """What fits the time; a QueryNER answer teaches at ten times as many tokens."""
 
@@ -33,9 +35,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data = common.data(smoke)
     for split, size in SIZES[arg].items():
         config.data[f"{split}_size"] = size
-    config.tasks = tuple(common.TASKS)
+    config.tasks = TASKS
     for name, make in (("finetune", finetune.get_config), ("icl", icl.get_config)):
-        sections = {task: make(f"{task},smoke" if smoke else task) for task in common.TASKS}
+        sections = {task: make(f"{task},smoke" if smoke else task) for task in TASKS}
         for task, section in sections.items():
             section.model, section.data = config.model, config.data
             if name == "finetune" and not smoke:

@@ -45,6 +45,8 @@ class Batch(flax.struct.PyTreeNode):
     """The token to be predicted at each slot, that is the next one of its sequence."""
     weights: Float[Array, "*B T"]
     """1 where the target counts in the loss, else 0."""
+    groups: Int[Array, "*B"] | None = None
+    """Which group (task) a row is of, where several are trained together."""
 
 
 class KVCache(flax.struct.PyTreeNode):

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from ecomjax.data.packing import Encoded, assemble, make_plan, shared_prefix
+from ecomjax.data.encoded import Encoded, EncodedSet, shared_prefix
+from ecomjax.data.packing import assemble, make_plan
 from ecomjax.decoding.generate import GenerateOptions, generate
 from ecomjax.errors import UserError
 from ecomjax.hf import presets
@@ -156,13 +157,18 @@ def test_packed_is_separate(loaded, prompts, logits, packing):
     """Logits of the answers in a row of five examples, and alone."""
     answers = [loaded.tokenizer.encode(text) for text in TEXTS[8:13]]
     pairs = zip(prompts, [answer or [1] for answer in answers], strict=False)
-    sequences = [Encoded(str(i), (*p, *a), len(p)) for i, (p, a) in enumerate(pairs)]
-    lengths = np.array([len(s.tokens) for s in sequences])
-    options = {"row_length": 512, "batch_size": 5, "epochs": 1, "seed": None}
+    sequences = EncodedSet.of(Encoded(str(i), (*p, *a), len(p)) for i, (p, a) in enumerate(pairs))
 
     def by_example(packing):
-        plan = make_plan(lengths, prefix=shared_prefix(sequences), packing=packing, **options)
-        (rows,) = plan.steps
+        plan = make_plan(
+            sequences.lengths,
+            [np.arange(len(sequences))],
+            prefixes=[shared_prefix(sequences)],
+            packing=packing,
+            row_length=512,
+            batch_size=5,
+        )
+        rows = plan.step(0)
         batch = assemble(rows, sequences, plan)
         found, _ = logits(batch.tokens, batch.positions, batch.segment_ids, mask=batch.weights)
         b, t = np.nonzero(batch.weights)

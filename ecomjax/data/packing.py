@@ -1,10 +1,11 @@
-"""Which sequences share a row: a pure function of lengths, seed and epoch.
+"""Which sequences share a row: a pure function of lengths, groups and order.
 
-Every optimizer step takes its examples from a seeded permutation, whatever the packing, so
-that packed, plain and padded runs see the same examples in the same steps, and every host
-computes the same plan. A row opens with the longest token prefix that all examples share
-(the instruction), held once; its examples attend to it and to themselves only, and stand
-at the positions they would have alone.
+Every optimizer step takes the next examples of a given order, whatever the packing, so that
+packed, plain and padded runs see the same examples in the same steps, and every host
+computes the same plan. The examples of a row are of one group (a task). A row opens with
+the longest token prefix that all examples of its group share (the instruction), held once;
+its examples attend to it and to themselves only, and stand at the positions they would
+have alone.
 """
 
 from __future__ import annotations
@@ -16,176 +17,188 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
-from ecomjax.errors import UserError
+from ecomjax.data.encoded import Encoded
 from ecomjax.typing import PADDING_SEGMENT, SHARED_SEGMENT, Batch
 
 Packing = Literal["shared_prefix", "plain", "pad"]
 Row = tuple[int, ...]
 """Indices of the examples of one row; an empty row holds nothing."""
 
+AT_ONCE = 2**22
+"""Bound on the numbers held in memory at once while a plan is made."""
 
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """A tokenized example: `tokens[prompt:]` is what the model learns to say.
 
-    Attributes:
-        id: the example's id.
-        tokens: prompt, answer and end token.
-        prompt: number of prompt tokens, at least 1.
+def first_fit(lengths: Int[np.ndarray, "s n"], capacity: int) -> Int[np.ndarray, "s n"]:
+    """Row of each item, in s independent steps: longest first into the first row with room.
+
+    Args:
+        lengths: of n items a step, at most `capacity`; negative where there is no item.
+        capacity: sum of lengths that a row can hold.
+
+    Returns:
+        Numbers of rows, from 0 in each step; -1 where there is no item.
     """
-
-    id: str
-    tokens: tuple[int, ...]
-    prompt: int
-
-
-def shared_prefix(sequences: Sequence[Encoded]) -> int:
-    """Length of the longest token prefix common to all prompts, short of their last token.
-
-    The last prompt token predicts the first answer token, which differs between examples,
-    so it stays in each example's own segment.
-    """
-    if not sequences:
-        return 0
-    first = sequences[0].tokens
-    common = min(s.prompt for s in sequences) - 1
-    for s in sequences:
-        while first[:common] != s.tokens[:common]:
-            common -= 1
-    return common
-
-
-def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of indices whose lengths sum to at most `capacity`, longest first into the first fit."""
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        row = next((r for r, free in enumerate(room) if free >= lengths[i]), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(capacity)
-        rows[row].append(i)
-        room[row] -= lengths[i]
+    steps, items = lengths.shape
+    order = np.argsort(-lengths, axis=1, kind="stable")
+    room = np.full((steps, items), capacity, np.int64)
+    rows = np.full((steps, items), -1, np.int64)
+    every = np.arange(steps)
+    for column in order.T:
+        length = lengths[every, column]
+        row = (room >= length[:, None]).argmax(axis=1)
+        present = length >= 0
+        rows[every[present], column[present]] = row[present]
+        room[every[present], row[present]] -= length[present]
     return rows
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """The rows of every optimizer step of a run.
 
     Attributes:
-        steps: for each step, its rows; all steps have as many, the last ones empty.
-        row_length: T.
-        prefix: number of tokens that open every row for all its examples.
+        order: examples of all steps, one step after the other.
+        row_of: the row that each of them is put into, counted from 0 in its step.
+        starts: where each step begins in `order`, and where the last one ends.
         epoch_ends: for each epoch, the number of steps when it is over.
+        rows: rows of every step; the last ones may be empty.
+        row_length: T.
+        groups: group of each example.
+        prefixes: for each group, the number of tokens that open its rows for all examples.
     """
 
-    steps: tuple[tuple[Row, ...], ...]
-    row_length: int
-    prefix: int
+    order: Int[np.ndarray, "draws"]
+    row_of: Int[np.ndarray, "draws"]
+    starts: Int[np.ndarray, "ends"]
     epoch_ends: tuple[int, ...]
+    rows: int
+    row_length: int
+    groups: Int[np.ndarray, "n"]
+    prefixes: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """Number of steps."""
+        return len(self.starts) - 1
+
+    def step(self, index: int) -> tuple[Row, ...]:
+        """The rows of a step."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        span = slice(int(self.starts[index]), int(self.starts[index + 1]))
+        rows: list[list[int]] = [[] for _ in range(self.rows)]
+        for example, row in zip(self.order[span].tolist(), self.row_of[span].tolist(), strict=True):
+            rows[row].append(example)
+        return tuple(map(tuple, rows))
 
 
 def make_plan(
     lengths: Int[np.ndarray, "n"],
+    orders: Sequence[Int[np.ndarray, "_"]],
     *,
-    prefix: int,
+    prefixes: Sequence[int],
     packing: Packing,
     row_length: int,
     batch_size: int,
-    epochs: int,
     rows_multiple: int = 1,
-    seed: int | None,
+    groups: Int[np.ndarray, "n"] | None = None,
 ) -> Plan:
-    """Plans `epochs` passes of `batch_size` examples a step, every pass in another order.
+    """Plans an epoch for each of `orders`, `batch_size` examples a step.
 
     Args:
         lengths: tokens of each example, none longer than `row_length`.
-        prefix: tokens common to all examples; held once a row under "shared_prefix".
+        orders: for each epoch, the examples in the order in which they are taken.
+        prefixes: for each group, tokens common to all its examples; held once a row under
+            "shared_prefix".
         packing: "shared_prefix", "plain" (examples side by side) or "pad" (one a row).
         row_length: T.
         batch_size: examples a step; the last step of an epoch may hold fewer.
-        epochs: number of passes.
         rows_multiple: rows a step are rounded up to a multiple of this.
-        seed: of the permutations; None keeps the examples in order.
+        groups: group of each example; without, all are of group 0.
     """
+    groups = np.zeros(len(lengths), np.int64) if groups is None else groups
     if packing != "shared_prefix":
-        prefix = 0
-    own = np.asarray(lengths, np.int64) - prefix
-    steps: list[list[Row]] = []
-    ends: list[int] = []
-    for epoch in range(epochs):
-        order = np.arange(len(own))
-        if seed is not None:
-            order = np.random.default_rng([seed, epoch]).permutation(len(own))
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            if packing == "pad":
-                rows = [[i] for i in range(len(chosen))]
-            else:
-                rows = first_fit(own[chosen].tolist(), row_length - prefix)
-            steps.append([tuple(int(chosen[i]) for i in row) for row in rows])
-        ends.append(len(steps))
-    most = max((len(rows) for rows in steps), default=0)
-    most = -(-most // rows_multiple) * rows_multiple
-    padded = tuple((*rows, *[()] * (most - len(rows))) for rows in steps)
-    return Plan(padded, row_length, prefix, tuple(ends))
+        prefixes = [0] * len(prefixes)
+    own = np.asarray(lengths, np.int64) - np.asarray(prefixes, np.int64)[groups]
+    capacity = [row_length - prefix for prefix in prefixes]
+
+    starts, ends, row_of = [np.zeros(1, np.int64)], [], []
+    at_once = max(1, AT_ONCE // batch_size**2) * batch_size
+    for order in orders:
+        for at in range(0, len(order), at_once):
+            chosen = order[at : at + at_once]
+            slots = -(-len(chosen) // batch_size) * batch_size
+            pad = np.full(slots - len(chosen), -1)
+            steps = np.concatenate([chosen, pad]).reshape(-1, batch_size)
+            rows = _rows_of(steps, own, groups, capacity, one_each=packing == "pad")
+            row_of.append(rows.reshape(-1)[: len(chosen)])
+            counts = (steps >= 0).sum(axis=1)
+            starts.append(starts[-1][-1] + np.cumsum(counts))
+        ends.append(sum(map(len, starts)) - 1)
+    most = max((int(rows.max(initial=-1)) + 1 for rows in row_of), default=0)
+    return Plan(
+        order=np.concatenate([np.zeros(0, np.int64), *orders]).astype(np.int64),
+        row_of=np.concatenate([np.zeros(0, np.int64), *row_of]),
+        starts=np.concatenate(starts),
+        epoch_ends=tuple(ends),
+        rows=-(-most // rows_multiple) * rows_multiple,
+        row_length=row_length,
+        groups=groups,
+        prefixes=tuple(prefixes),
+    )
+
+
+def _rows_of(
+    steps: Int[np.ndarray, "s n"],
+    own: Int[np.ndarray, "all"],
+    groups: Int[np.ndarray, "all"],
+    capacity: Sequence[int],
+    one_each: bool,
+) -> Int[np.ndarray, "s n"]:
+    """Row of each example of some steps, -1 where there is no example (index -1)."""
+    if one_each:
+        return np.where(steps >= 0, np.arange(steps.shape[1]), -1)
+    rows = np.full(steps.shape, -1, np.int64)
+    for group, room in enumerate(capacity):
+        member = (steps >= 0) & (groups[steps] == group)
+        if member.any():
+            found = first_fit(np.where(member, own[steps], -1), room)
+            # The rows of a group follow those of the groups before it.
+            found += rows.max(axis=1, keepdims=True) + 1
+            rows = np.where(member, found, rows)
+    return rows
 
 
 def assemble(rows: Sequence[Row], sequences: Sequence[Encoded], plan: Plan) -> Batch:
     """Writes rows of a plan out as arrays [B, T] of numpy."""
-    shape = (len(rows), plan.row_length)
+    groups = [int(plan.groups[row[0]]) if row else 0 for row in rows]
+    prefixes = [plan.prefixes[group] for group in groups]
+    batch = write_rows(rows, sequences, plan.row_length, prefixes)
+    return batch.replace(groups=np.array(groups, np.int32))
+
+
+def write_rows(
+    rows: Sequence[Row], sequences: Sequence[Encoded], row_length: int, prefixes: Sequence[int]
+) -> Batch:
+    """Rows as arrays [B, T] of numpy, each opened by as many shared tokens as `prefixes` says."""
+    shape = (len(rows), row_length)
     tokens, positions, targets = (np.zeros(shape, np.int32) for _ in range(3))
     segments = np.full(shape, PADDING_SEGMENT, np.int32)
     weights = np.zeros(shape, np.float32)
-    for b, row in enumerate(rows):
-        slot = plan.prefix if row else 0
-        if row:
-            tokens[b, :slot] = sequences[row[0]].tokens[:slot]
-            positions[b, :slot] = np.arange(slot)
-            segments[b, :slot] = SHARED_SEGMENT
+    for b, (row, prefix) in enumerate(zip(rows, prefixes, strict=True)):
+        slot = prefix if row else 0
         for segment, index in enumerate(row, start=1):
             sequence = sequences[index]
-            own = np.asarray(sequence.tokens[plan.prefix :], np.int32)
+            whole = np.asarray(sequence.tokens, np.int32)
+            if segment == 1:
+                tokens[b, :slot] = whole[:slot]
+                positions[b, :slot] = np.arange(slot)
+                segments[b, :slot] = SHARED_SEGMENT
+            own = whole[prefix:]
             end = slot + len(own)
             tokens[b, slot:end] = own
-            positions[b, slot:end] = plan.prefix + np.arange(len(own))
+            positions[b, slot:end] = prefix + np.arange(len(own))
             segments[b, slot:end] = segment
             targets[b, slot : end - 1] = own[1:]
-            weights[b, slot + sequence.prompt - plan.prefix - 1 : end - 1] = 1.0
+            weights[b, slot + sequence.prompt - prefix - 1 : end - 1] = 1.0
             slot = end
     return Batch(tokens, positions, segments, targets, weights)  # pyright: ignore[reportArgumentType]
-
-
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """What is left of a data set after the window, and what was not."""
-
-    sequences: tuple[Encoded, ...]
-    too_long: tuple[str, ...]
-    """Ids of the examples longer than the window."""
-
-
-def fit_window(
-    sequences: Sequence[Encoded], window: int, policy: Literal["drop", "raise"], where: str
-) -> Kept:
-    """Drops the examples longer than `window` tokens, or refuses them; never cuts one.
-
-    Raises:
-        UserError: the policy is "raise" and an example is too long, or none is left.
-    """
-    long = tuple(s.id for s in sequences if len(s.tokens) > window)
-    if long and policy == "raise":
-        raise UserError(
-            f"{len(long)} of {len(sequences)} examples longer than the window of {window} tokens",
-            f"{where}, first id {long[0]}",
-            "raise training.row_length or set training.too_long=drop",
-        )
-    kept = tuple(s for s in sequences if len(s.tokens) <= window)
-    if not kept:
-        raise UserError(
-            f"no example fits the window of {window} tokens",
-            where,
-            "raise training.row_length or give non-empty data",
-        )
-    return Kept(kept, long)

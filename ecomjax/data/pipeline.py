@@ -7,33 +7,67 @@ from typing import Any
 
 import numpy as np
 
-from ecomjax.data.packing import Encoded, Plan, assemble
+from ecomjax.data.encoded import Encoded
+from ecomjax.data.packing import Plan, assemble
 from ecomjax.typing import Batch
 
 
 class StepSource:
-    """Random access to the microbatches of each optimizer step: leaves [M, B, T]."""
+    """Random access to the microbatches of each optimizer step: leaves [M, B, ...].
 
-    def __init__(self, plan: Plan, sequences: Sequence[Encoded], rows: int):
-        self._plan, self._sequences, self._rows = plan, sequences, rows
+    Hosts slice rows, never examples: of every microbatch each host has an equal part, and
+    the parts of all hosts side by side are the microbatch of a single one.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sequences: Sequence[Encoded],
+        rows: int,
+        host: int = 0,
+        hosts: int = 1,
+    ):
+        """Makes the source of one host.
+
+        Args:
+            plan: whose rows a step are a multiple of `rows`.
+            sequences: the examples that the plan is of.
+            rows: rows of a microbatch over all hosts, a multiple of `hosts`.
+            host: number of this host.
+            hosts: how many there are.
+        """
+        if rows % hosts:
+            raise ValueError(f"{rows} rows of a microbatch do not divide over {hosts} hosts")
+        self._plan, self._sequences = plan, sequences
+        self._rows, self._host, self._hosts = rows, host, hosts
 
     def __len__(self) -> int:
-        return len(self._plan.steps)
+        return len(self._plan)
 
     def __getitem__(self, index: Any) -> Batch:
-        """The batch of step `index`, its rows cut into microbatches of `rows`."""
-        batch = assemble(self._plan.steps[int(index)], self._sequences, self._plan)
-        return batch.replace(
-            **{
-                name: np.reshape(getattr(batch, name), (-1, self._rows, self._plan.row_length))
-                for name in batch.__dataclass_fields__
-            }
-        )
+        """The batch of step `index`, its rows cut into microbatches."""
+        part = self._rows // self._hosts
+        first = self._host * part
+        rows = self._plan.step(int(index))
+        mine = [
+            row
+            for at in range(0, len(rows), self._rows)
+            for row in rows[at + first : at + first + part]
+        ]
+        batch = assemble(mine, self._sequences, self._plan)
+        cut = {
+            name: np.reshape(leaf, (-1, part, *leaf.shape[1:]))
+            for name in batch.__dataclass_fields__
+            if (leaf := getattr(batch, name)) is not None
+        }
+        return batch.replace(**cut)
 
 
-def iterate(plan: Plan, sequences: Sequence[Encoded], rows: int) -> Any:
+def iterate(
+    plan: Plan, sequences: Sequence[Encoded], rows: int, host: int = 0, hosts: int = 1
+) -> Any:
     """A checkpointable iterator (`get_state`, `set_state`) over the steps of a plan."""
     import grain
 
-    source: Any = StepSource(plan, sequences, rows)
+    source: Any = StepSource(plan, sequences, rows, host, hosts)
     return iter(grain.MapDataset.source(source).to_iter_dataset())

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from ecomjax.data.packing import Encoded, Plan, assemble
+from ecomjax.data.encoded import Encoded
+from ecomjax.data.packing import write_rows
 from ecomjax.decoding import prefix as prefixes
 from ecomjax.decoding.batches import by_length
 from ecomjax.errors import UserError
@@ -90,8 +91,8 @@ def _label_rows(
     for tail in tails:
         sequences = [Encoded(str(i), (*tail, *label), len(tail)) for i, label in enumerate(labels)]
         used = len(tail) - 1 + sum(1 + len(label) for label in labels)
-        plan = Plan((), prefixes.bucketed(used), len(tail) - 1, ())
-        assembled.append(assemble([tuple(range(len(labels)))], sequences, plan))
+        row, slots = tuple(range(len(labels))), prefixes.bucketed(used)
+        assembled.append(write_rows([row], sequences, slots, [len(tail) - 1]))
     slots = max(batch.tokens.shape[1] for batch in assembled)
 
     def together(*leaves):

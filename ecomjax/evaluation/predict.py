@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import flax.linen as nn
 
-from ecomjax.data.packing import Encoded
+from ecomjax.data.encoded import Encoded, key_of
 from ecomjax.decoding.generate import GenerateOptions, generate
 from ecomjax.decoding.score import label_log_likelihoods
 from ecomjax.errors import UserError
@@ -17,6 +18,9 @@ from ecomjax.tasks.prompts import render
 
 Demonstrations = Sequence[Example]
 Method = Literal["auto", "likelihood", "generate"]
+
+ENCODED_AT_ONCE = 1024
+"""Examples whose texts are tokenized together: a batch of them goes over all cores."""
 
 
 @runtime_checkable
@@ -27,6 +31,11 @@ class Tokenizer(Protocol):
     def eos_id(self) -> int: ...
 
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def decode(self, ids: Iterable[int]) -> str: ...
 
@@ -87,18 +96,25 @@ class Predictor:
 
     def prompt(self, example: Example, demonstrations: Demonstrations = ()) -> tuple[int, ...]:
         """Token ids of the prompt, which end where the answer starts."""
-        prompt = self.task.prompt(example, demonstrations)
-        text = render(prompt, self.prompt_format, self.tokenizer.chat)
-        return tuple(self.tokenizer.encode(text))
+        return tuple(self.tokenizer.encode(self._text(example, demonstrations)))
 
     def answer(self, text: str) -> tuple[int, ...]:
         """Token ids of an answer and the token that ends it."""
         return (*self.tokenizer.encode(text), self.tokenizer.eos_id)
 
-    def encode(self, example: Example) -> Encoded:
-        """The example as the model is trained on it: prompt, answer, end."""
-        prompt = self.prompt(example)
-        return Encoded(example.id, (*prompt, *self.answer(self.task.answer(example))), len(prompt))
+    def encode(self, examples: Iterable[Example]) -> Iterator[Encoded]:
+        """The examples as the model is trained on them: prompt, answer, end."""
+        remaining = iter(examples)
+        while chunk := list(itertools.islice(remaining, ENCODED_AT_ONCE)):
+            prompts = self.tokenizer.encode_batch([self._text(example) for example in chunk])
+            answers = self.tokenizer.encode_batch([self.task.answer(example) for example in chunk])
+            for example, prompt, answer in zip(chunk, prompts, answers, strict=True):
+                tokens = (*prompt, *answer, self.tokenizer.eos_id)
+                yield Encoded(example.id, tokens, len(prompt), key_of(self.task.user(example)))
+
+    def _text(self, example: Example, demonstrations: Demonstrations = ()) -> str:
+        prompt = self.task.prompt(example, demonstrations)
+        return render(prompt, self.prompt_format, self.tokenizer.chat)
 
     def predict(
         self,

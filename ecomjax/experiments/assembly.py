@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import random
+import inspect
+import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from ecomjax.data.cache import Cache
+from ecomjax.data.encoded import EncodedSet, read_set, write_set
+from ecomjax.data.progress import counting
+from ecomjax.data.rows import ChosenRows
 from ecomjax.data.sources import HubSource, LocalSource, Source, SyntheticSource
 from ecomjax.data.store import Sizes
+from ecomjax.data.subsets import draw
 from ecomjax.errors import UserError
 from ecomjax.evaluation.predict import Predictor
 from ecomjax.experiments.config import DataConfig, EvaluationConfig, ModelConfig, TaskConfig
 from ecomjax.hf.checkpoints import Identity, load_pretrained
+from ecomjax.hf.files import sha256_of
 from ecomjax.hf.tokenizer import Tokenizer
 from ecomjax.models import registry
 from ecomjax.models.decoder import Decoder
-from ecomjax.tasks.base import Example, Task
+from ecomjax.tasks import prompts
+from ecomjax.tasks.base import Example, Reading, Task
+from ecomjax.tasks.registry import get_task
 from ecomjax.typing import Params
 
 
@@ -65,9 +75,14 @@ def load_base(config: ModelConfig) -> Base:
 def make_source(config: DataConfig) -> Source:
     """The source of rows that a config names."""
     if config.source == "local":
-        return LocalSource(config.path)
+        return LocalSource(config.path, config.cache or None, config.version, config.locale)
     if config.source == "hub":
-        return HubSource(revision=config.revision or None)
+        return HubSource(
+            revision=config.revision or None,
+            streaming=config.streaming,
+            limit=config.stream_limit,
+            cache=config.cache or None,
+        )
     given = {
         split: size
         for split in ("train", "validation", "test")
@@ -76,22 +91,90 @@ def make_source(config: DataConfig) -> Source:
     return SyntheticSource(config.seed, Sizes(**given))
 
 
-def load_examples(task: Task, config: DataConfig, split: str) -> list[Example]:
-    """The examples of a split; of a larger one, as many as the config asks for.
+def make_tasks(configs: Mapping[str, TaskConfig]) -> dict[str, Task]:
+    """The tasks of a config, by the names they have in reports."""
+    return {label: get_task(config.name, **config.options) for label, config in configs.items()}
 
-    The draw depends on the seed, the size and the ids alone, and keeps the split's order.
-    """
-    examples = task.load(make_source(config), split)
+
+def load_examples(
+    task: Task, config: DataConfig, split: str, report: Reading | None = None
+) -> list[Example]:
+    """The examples of a split; of a larger one, as many rows as the config asks for."""
+    where = f"{config.source} data, {task.data} {split}"
+    report = Reading() if report is None else report
+    examples = task.examples(chosen_rows(task, config, split), config.on_bad_row, report)
+    if not examples:
+        raise UserError("no row gives an example", where, str(report))
+    if report.bad:
+        say(f"{task.data} {split}: {report}")
+    return examples
+
+
+def chosen_rows(task: Task, config: DataConfig, split: str) -> ChosenRows:
+    """The rows of a split that a config asks for, in their order."""
+    rows = make_source(config).rows(task.data, split)
     size = getattr(config, f"{split}_size")
-    return draw(examples, size, config.seed)
+    return ChosenRows(rows, draw(len(rows), size, config.seed, config.draw == "nested"))
 
 
-def draw(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
+def load_encoded(
+    label: str, predictor: Predictor, task_config: TaskConfig, config: DataConfig, split: str
+) -> tuple[EncodedSet, dict[str, Any]]:
+    """The examples of a split as the model is trained on them, and what became of the rows.
+
+    They are tokenized once and kept in the cache, by all that they depend on.
+    """
+    task, source = predictor.task, make_source(config)
+    code = [inspect.getsourcefile(type(task)), *Path(prompts.__file__).parent.glob("*.py")]
+    depends = [
+        source.fingerprint(task.data, split),
+        json.dumps([split, dataclasses.asdict(task_config)], sort_keys=True),
+        json.dumps([getattr(config, f"{split}_size"), config.seed, config.draw]),
+        config.on_bad_row,
+        predictor.tokenizer.fingerprint,
+        sha256_of(sorted({Path(str(file)) for file in code})),
+    ]
+
+    def make(folder: Path) -> None:
+        report, about = Reading(), {}
+        rows = chosen_rows(task, config, split)
+
+        def examples() -> Iterator[Example]:
+            with counting(len(rows), f"{label} {split}: tokenizing") as on_row:
+                yield from task.read(rows, report, config.on_bad_row, on_row)
+            about.update(dataclasses.asdict(report), told=str(report))
+
+        write_set(folder, predictor.encode(examples()), about)
+
+    sequences, about = read_set(Cache(config.cache).made("encoded", depends, make))
+    if not len(sequences):
+        where = f"{config.source} data, {task.data} {split}"
+        raise UserError("no row gives an example", where, about["told"])
+    return sequences, about
+
+
+def check_overlap(config: DataConfig, label: str, split: str, keys: Any, train: Any) -> int:
+    """How many examples of a split have an input that is in train too; told if there are any.
+
+    Args:
+        config: says whether that is an error.
+        label: of the task.
+        split: which the keys are of.
+        keys: digests of the inputs, see `data.encoded.key_of`.
+        train: those of the training examples.
+    """
+    count = int(np.isin(np.asarray(keys, np.uint64), train).sum())
+    if count:
+        what = f"{count} of {len(keys)} inputs of {split} are also in train"
+        if config.on_overlap == "raise":
+            raise UserError(what, label, "mend the splits, or set config.data.on_overlap=warn")
+        say(f"{label}: {what}")
+    return count
+
+
+def choose(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
     """`size` examples drawn without replacement, in their order; all of them for size 0."""
-    if not 0 < size < len(examples):
-        return list(examples)
-    chosen = random.Random(f"{seed}/{size}").sample(range(len(examples)), size)
-    return [examples[i] for i in sorted(chosen)]
+    return [examples[i] for i in draw(len(examples), size, seed)]
 
 
 def make_predictor(
@@ -103,10 +186,10 @@ def make_predictor(
         tokenizer=base.tokenizer,
         task=task,
         prompt_format=task_config.prompt,
-        method=config.method,
+        method=task_config.method,
         batch_size=config.batch_size,
         window=base.config.max_positions,
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=task_config.max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
         seed=config.seed,
@@ -116,14 +199,3 @@ def make_predictor(
 def say(line: str) -> None:
     """Tells the user one thing, at once."""
     print(line, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def counting(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar with time left; yields the function that adds to its count."""
-    from tqdm import tqdm
-
-    # A file would otherwise fill with bars: there, a line every half minute will do.
-    pause = 0.1 if sys.stderr.isatty() else 30.0
-    with tqdm(total=total, desc=what, unit="example", mininterval=pause, leave=False) as bar:
-        yield cast(Callable[[int], Any], bar.update)

@@ -76,10 +76,17 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """Which task, and how its prompts are wrapped."""
+    """A task, and how it is asked."""
 
     name: str
+    """As in `tasks/registry.py`."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What the task's class takes, such as the columns that are shown."""
     prompt: Literal["chat", "alpaca"] = "chat"
+    method: Literal["auto", "likelihood", "generate"] = "auto"
+    """How answers are found; auto: by likelihood where there is a closed set of labels."""
+    max_new_tokens: Positive = 64
+    """Of a written answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +98,41 @@ class DataConfig:
     """Folder of the source `local`."""
     revision: str = ""
     """Revision on the Hub; where empty, the one each data set is pinned to."""
+    streaming: bool = False
+    """Whether data of the Hub are read row by row into the cache, without their own files."""
+    stream_limit: Count = 0
+    """Rows of a split that are streamed; 0: all."""
+    version: Literal["", "small", "large"] = ""
+    """Which part of the official ESCI tables; where empty, all of them."""
+    locale: str = ""
+    """Which locale of the official ESCI tables, such as us; where empty, all of them."""
     seed: Count = 0
     train_size: Count = 0
     validation_size: Count = 0
     test_size: Count = 0
+    draw: Literal["independent", "nested"] = "independent"
+    """Subsets of different sizes: independent draws, or each within every larger one."""
+    on_bad_row: Literal["raise", "drop"] = "raise"
+    """What becomes of rows that cannot be read; dropped ones are counted and told."""
+    on_overlap: Literal["warn", "raise"] = "warn"
+    """What becomes of inputs that are in train and in a split that is scored."""
+    cache: str = ""
+    """Folder of converted and tokenized data; where empty, `ecomjax` in the user's cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureConfig:
+    """How the examples of several tasks are mixed; see `data.mixture.Mixture`."""
+
+    policy: Literal["concatenate", "proportional", "temperature", "weights"] = "concatenate"
+    temperature: float = 1.0
+    """Under "temperature"; inf: all tasks alike."""
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Under "weights": one for each of `tasks`."""
+    cap: Count = 0
+    """Size from which on a task counts as no larger; 0: none."""
+    examples: Count = 0
+    """Examples an epoch; 0: the sum of the capped sizes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,12 +189,13 @@ class TrainingConfig:
     rows: Positive = 1
     """Rows of a microbatch."""
     packing: Literal["shared_prefix", "plain", "pad"] = "shared_prefix"
-    too_long: Literal["drop", "raise"] = "drop"
+    too_long: Literal["drop", "truncate", "raise"] = "drop"
+    """What becomes of examples longer than a row; truncate: input is cut, never answers."""
     seed: Count = 0
     evaluate_every: Count = 0
     """Steps between evaluations; 0: once an epoch."""
     validation_examples: Count = 200
-    """Examples that an evaluation looks at; 0: all of the validation split."""
+    """Examples of each task that an evaluation looks at; 0: all of the validation split."""
     select: Literal["metric", "loss"] = "metric"
     """What the best checkpoint is best in."""
     patience: Count = 0
@@ -168,13 +207,11 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Scoring of a split, with the model's answers found by likelihood or by generation."""
+    """Scoring of a split."""
 
     split: Literal["train", "validation", "test"] = "test"
-    method: Literal["auto", "likelihood", "generate"] = "auto"
-    """auto: likelihood where the task has a closed set of labels."""
     batch_size: Positive = 16
-    max_new_tokens: Positive = 64
+    """Prompts at once; no score depends on it."""
     temperature: NonNegative = 0.0
     """0: greedy."""
     top_p: Annotated[float, Interval(0.0, 1.0, open_low=True)] = 1.0
@@ -195,12 +232,14 @@ class FewShotConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """One adapter for one task."""
+    """One adapter for one task, or for a mixture of several."""
 
     experiment: Literal["finetune"]
     model: ModelConfig
-    task: TaskConfig
+    tasks: dict[str, TaskConfig]
+    """By the names they have in reports and in the run folder."""
     data: DataConfig
+    mixture: MixtureConfig
     adapter: AdapterConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
@@ -251,6 +290,8 @@ def from_config(config: Mapping[str, Any] | ConfigDict) -> Config:
     result = _convert(plain, EXPERIMENTS[kind], "config")
     if isinstance(result, StudyConfig):
         _check_study(result)
+    if isinstance(result, FinetuneConfig):
+        _check_tasks(result)
     if result.data.source == "local" and not result.data.path:
         raise UserError("empty folder", "config.data.path", "name the folder of the local data")
     return result
@@ -282,6 +323,8 @@ def _convert(value: Any, wanted: Any, path: str) -> Any:
         return _convert_section(_plain(value, path), typing.cast(type, wanted), path)
     if origin is Annotated:
         return _convert_checked(value, arguments[0], arguments[1], path)
+    if wanted is Any:
+        return tuple(value) if isinstance(value, list) else value
     if origin is Literal:
         if value not in arguments:
             choices = ", ".join(str(a) for a in arguments)
@@ -316,7 +359,7 @@ def _convert_section(section: Mapping[str, Any], wanted: type, path: str) -> Any
     for name, field in fields.items():
         if name in section:
             values[name] = _convert(section[name], hints[name], f"{path}.{name}")
-        elif field.default is dataclasses.MISSING:
+        elif field.default is field.default_factory is dataclasses.MISSING:
             raise UserError("missing key", f"{path}.{name}", "give it a value")
     return wanted(**values)
 
@@ -343,6 +386,24 @@ def _wrong_type(value: Any, wanted: str, path: str) -> UserError:
     )
 
 
+def _check_tasks(finetune: FinetuneConfig) -> None:
+    """There are tasks, with names that can be folders, and a weight for each if any is weighed."""
+    for label in finetune.tasks:
+        if not re.fullmatch(r"\w[\w.-]*", label):
+            raise UserError(
+                f"task named {label!r}", "config.tasks", "use letters, digits, _, - and ."
+            )
+    if not finetune.tasks:
+        raise UserError("no tasks", "config.tasks", "name one or more")
+    weighed = finetune.mixture.weights
+    if finetune.mixture.policy == "weights" and set(weighed) != set(finetune.tasks):
+        raise UserError(
+            f"weights for {sorted(weighed)}",
+            "config.mixture.weights",
+            f"give one to each of config.tasks, that is {sorted(finetune.tasks)}",
+        )
+
+
 def _check_study(study: StudyConfig) -> None:
     """Every task has its two experiments, on the model and data of the study."""
     if not study.tasks or len(set(study.tasks)) < len(study.tasks):
@@ -357,10 +418,9 @@ def _check_study(study: StudyConfig) -> None:
             )
         for task, section in sections.items():
             path = f"config.{name}.{task}"
-            if section.task.name != task:
-                raise UserError(
-                    f"task {section.task.name!r}", f"{path}.task.name", f"it has to be {task!r}"
-                )
+            found = [section.task.name] if name == "icl" else list(section.tasks)
+            if found != [task]:
+                raise UserError(f"tasks {found}", path, f"it has to be {task!r} alone")
             if section.model != study.model or section.data != study.data:
                 raise UserError(
                     "another model or other data than the study's",

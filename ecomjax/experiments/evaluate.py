@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,32 @@ import jax
 import jax.numpy as jnp
 
 from ecomjax.adapters import lora
+from ecomjax.data.encoded import key_of
+from ecomjax.data.progress import counting
 from ecomjax.errors import UserError
 from ecomjax.evaluation.fewshot import fixed_demonstrations, without_leaks
-from ecomjax.evaluation.run import score, statistics_of_records, to_record
+from ecomjax.evaluation.run import predictions_of_records, score, to_record
 from ecomjax.experiments.assembly import (
     Base,
-    counting,
-    draw,
+    check_overlap,
+    choose,
     load_base,
+    load_encoded,
     load_examples,
     make_predictor,
+    make_tasks,
     say,
 )
-from ecomjax.experiments.config import FinetuneConfig, IclConfig, to_dict
+from ecomjax.experiments.config import (
+    EvaluationConfig,
+    FinetuneConfig,
+    IclConfig,
+    TaskConfig,
+    to_dict,
+)
 from ecomjax.experiments.files import read_json, read_jsonl, write_json, write_jsonl
 from ecomjax.experiments.workdir import Workdir
+from ecomjax.hf.files import sha256_of
 from ecomjax.hf.peft import read_adapter
 from ecomjax.tasks.base import Example, Task
 from ecomjax.tasks.registry import get_task
@@ -44,14 +56,19 @@ def run(config: FinetuneConfig | IclConfig, workdir: str) -> None:
 
 
 def _adapter(config: FinetuneConfig, folder: Workdir) -> None:
-    task = get_task(config.task.name)
     base = load_base(config.model)
     adapter = jax.tree.map(jnp.asarray, read_adapter(folder.adapter, base.config, base.identity))
     lora.check_paths(base.params, adapter)
     split = config.evaluation.split
-    examples = load_examples(task, config.data, split)
     variables = {"params": base.params, "lora": adapter}
-    _scored(config, base, variables, task, examples, (), folder, split)
+    for label, task in make_tasks(config.tasks).items():
+        asked = Asked(label, task, config.tasks[label])
+        examples = load_examples(task, config.data, split)
+        predictor = make_predictor(base, task, asked.config, config.evaluation)
+        train, _ = load_encoded(label, predictor, asked.config, config.data, "train")
+        keys = [key_of(task.user(example)) for example in examples]
+        facts = {"inputs_also_in_train": check_overlap(config.data, label, split, keys, train.keys)}
+        _scored(asked, config.evaluation, base, variables, examples, (), folder, split, facts)
 
 
 def _fewshot(config: IclConfig, folder: Workdir) -> None:
@@ -60,7 +77,8 @@ def _fewshot(config: IclConfig, folder: Workdir) -> None:
     Every number of demonstrations is compared on the same examples: those that share
     nothing with any demonstration.
     """
-    task = get_task(config.task.name)
+    task = get_task(config.task.name, **config.task.options)
+    asked = Asked(task.name, task, config.task)
     base = load_base(config.model)
     train = load_examples(task, config.data, "train")
     folder.record_start(base=base.identity, seed=config.fewshot.seed, data={"train": len(train)})
@@ -69,10 +87,19 @@ def _fewshot(config: IclConfig, folder: Workdir) -> None:
     variables = {"params": base.params}
 
     validation = load_examples(task, config.data, "validation")
-    validation = draw(validation, config.fewshot.select_examples, config.fewshot.seed)
+    validation = choose(validation, config.fewshot.select_examples, config.fewshot.seed)
     clean = without_leaks(task, validation, shown)
     found = {
-        k: _scored(config, base, variables, task, clean, shown[:k], folder, f"validation-{k}-shot")
+        k: _scored(
+            asked,
+            config.evaluation,
+            base,
+            variables,
+            clean,
+            shown[:k],
+            folder,
+            f"validation-{k}-shot",
+        )
         for k in shots
     }
     best = max(shots, key=lambda k: found[k]["metrics"][task.headline]["value"])
@@ -82,7 +109,16 @@ def _fewshot(config: IclConfig, folder: Workdir) -> None:
     examples = load_examples(task, config.data, split)
     clean = without_leaks(task, examples, shown)
     for k in sorted({0, best} & {*shots, best}):
-        _scored(config, base, variables, task, clean, shown[:k], folder, f"{split}-{k}-shot")
+        _scored(
+            asked,
+            config.evaluation,
+            base,
+            variables,
+            clean,
+            shown[:k],
+            folder,
+            f"{split}-{k}-shot",
+        )
     write_json(
         folder.path / "eval" / task.name / "shots.json",
         {
@@ -94,56 +130,84 @@ def _fewshot(config: IclConfig, folder: Workdir) -> None:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A task, its name in reports, and how it is asked."""
+
+    label: str
+    task: Task
+    config: TaskConfig
+
+
 def _scored(
-    config: FinetuneConfig | IclConfig,
+    asked: Asked,
+    settings: EvaluationConfig,
     base: Base,
     variables: Any,
-    task: Task,
     examples: Sequence[Example],
     demonstrations: Sequence[Example],
     folder: Workdir,
     name: str,
+    facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The scores called `name`, read if they are there and else computed and written."""
-    settings = config.evaluation
-    path = folder.scores(task.name, name)
-    asked = to_dict(settings) | {"split": name}
+    """The scores called `name`, read if they are there and else computed and written.
+
+    Raises:
+        UserError: they are there, of other settings or of other predictions than lie beside.
+    """
+    label, task = asked.label, asked.task
+    path, kept = folder.scores(label, name), folder.predictions(label, name)
+    wanted = to_dict(settings) | to_dict(asked.config) | {"split": name}
+    del wanted["batch_size"]  # no score depends on it
     if path.exists():
         result = read_json(path)
-        if result["evaluation"] != asked:
+        if result["evaluation"] != wanted:
             raise UserError(
                 "scored before with other settings of evaluation",
                 str(path),
                 "use the old settings, or delete the file and its predictions to score again",
             )
-        say(_told(task, name, result))
+        check_predictions(result, kept)
+        say(_told(asked, name, result))
         return result
-    predictor = make_predictor(base, task, config.task, settings)
-    with counting(len(examples), f"{task.name} {name}") as on_done:
+    predictor = make_predictor(base, task, asked.config, settings)
+    with counting(len(examples), f"{label} {name}", "example") as on_done:
         predictions = predictor.predict(variables, examples, demonstrations, on_done)
     records = [to_record(e, p) for e, p in zip(examples, predictions, strict=True)]
-    statistics = task.statistics([p.value for p in predictions], examples)
+    write_jsonl(kept, records)
     result = {
-        "task": task.name,
+        "task": label,
         "name": name,
         "n": len(examples),
         "demonstrations": len(demonstrations),
         "headline": task.headline,
-        "metrics": score(task, statistics, settings.resamples, settings.seed),
-        "evaluation": asked,
+        "metrics": score(task, predictions, examples, settings.resamples, settings.seed),
+        "predictions_sha256": sha256_of([kept]),
+        "evaluation": wanted,
+        **(facts or {}),
     }
-    write_jsonl(folder.predictions(task.name, name), records)
     write_json(path, result)
     result = read_json(path)
-    say(_told(task, name, result))
+    say(_told(asked, name, result))
     return result
 
 
-def _told(task: Task, name: str, result: dict[str, Any]) -> str:
-    main = result["metrics"][task.headline]
+def check_predictions(result: Mapping[str, Any], predictions: Path) -> None:
+    """UserError unless the predictions are those that the scores were computed from."""
+    if not predictions.exists() or sha256_of([predictions]) != result["predictions_sha256"]:
+        raise UserError(
+            "predictions are not those that were scored",
+            str(predictions),
+            "delete them and the metrics beside them to score again",
+        )
+
+
+def _told(asked: Asked, name: str, result: dict[str, Any]) -> str:
+    headline = asked.task.headline
+    main = result["metrics"][headline]
     invalid = result["metrics"]["invalid_rate"]["value"]
     return (
-        f"{task.name} {name}: {task.headline} {main['value']:.3f} "
+        f"{asked.label} {name}: {headline} {main['value']:.3f} "
         f"[{main['low']:.3f}, {main['high']:.3f}], invalid {invalid:.1%}, n {result['n']}"
     )
 
@@ -154,5 +218,5 @@ def read_statistics(
     """Ids and statistics [n, S] of predictions on disk, in the order of `examples`."""
     by_id = {record["id"]: record for record in read_jsonl(predictions)}
     present = [example for example in examples if example.id in by_id]
-    records = [by_id[example.id] for example in present]
-    return [e.id for e in present], statistics_of_records(task, records, present)
+    found = predictions_of_records(by_id[example.id] for example in present)
+    return [e.id for e in present], task.statistics([p.value for p in found], present)

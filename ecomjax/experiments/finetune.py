@@ -1,9 +1,9 @@
-"""One adapter for one task: data, adapter, loop, PEFT folder."""
+"""One adapter for one task or several: data, adapter, loop, PEFT folder."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,23 +11,27 @@ import numpy as np
 
 from ecomjax.adapters import lora
 from ecomjax.adapters.rules import LoraRule
-from ecomjax.data.packing import Encoded, Kept, Plan, fit_window, make_plan, shared_prefix
+from ecomjax.data.encoded import EncodedSet, Joined, Kept, fit_window, shared_prefix
+from ecomjax.data.mixture import Mixture, draw_orders
+from ecomjax.data.packing import Plan, make_plan
 from ecomjax.data.pipeline import StepSource, iterate
 from ecomjax.evaluation.predict import Predictor
 from ecomjax.experiments.assembly import (
     Base,
-    draw,
+    check_overlap,
+    choose,
     load_base,
+    load_encoded,
     load_examples,
     make_predictor,
     make_source,
+    make_tasks,
     say,
 )
-from ecomjax.experiments.config import FinetuneConfig, TrainingConfig
+from ecomjax.experiments.config import FinetuneConfig, MixtureConfig
 from ecomjax.experiments.workdir import Workdir
 from ecomjax.hf.peft import write_adapter
-from ecomjax.tasks.base import Example, Task, overlap
-from ecomjax.tasks.registry import get_task
+from ecomjax.tasks.base import Example
 from ecomjax.training import optim
 from ecomjax.training.checkpoint import Checkpoints
 from ecomjax.training.loop import LoopOptions, fit
@@ -37,8 +41,27 @@ from ecomjax.training.step import make_loss_pass, make_train_step
 from ecomjax.training.writers import MetricsWriter
 from ecomjax.typing import Adapter, Params
 
-SCORING_ONLY = ("evaluation.split", "evaluation.resamples", "evaluation.batch_size")
+SCORING_ONLY = ("evaluation.split", "evaluation.resamples", "evaluation.batch_size", "data.cache")
 """Keys of the config that training does not depend on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """What training has of a task.
+
+    Attributes:
+        predictor: the way the model is asked.
+        train: the training examples that fit a row.
+        validation: examples that metrics are of.
+        held_out: those of them that fit a row, which the loss is of.
+        facts: what is recorded of the data.
+    """
+
+    predictor: Predictor
+    train: EncodedSet
+    validation: list[Example]
+    held_out: EncodedSet
+    facts: dict[str, Any]
 
 
 def run(config: FinetuneConfig, workdir: str) -> None:
@@ -47,79 +70,133 @@ def run(config: FinetuneConfig, workdir: str) -> None:
     The run folder then holds the adapter of the best evaluation in PEFT layout.
     """
     with Workdir(workdir).writing(config, ignore=SCORING_ONLY) as folder:
-        task = get_task(config.task.name)
-        train = load_examples(task, config.data, "train")
-        validation = load_examples(task, config.data, "validation")
-        validation = draw(validation, config.training.validation_examples, config.training.seed)
+        tasks = make_tasks(config.tasks)
+        # Mistakes in the data are told before a model is loaded.
+        validation = {
+            label: load_examples(task, config.data, "validation") for label, task in tasks.items()
+        }
         base = load_base(config.model)
-        predictor = make_predictor(base, task, config.task, config.evaluation)
-        kept = _encode(predictor, train, config.training, f"{task.name} train")
-        held_out = _encode(predictor, validation, config.training, f"{task.name} validation")
-        plan = _plan(kept.sequences, config.training)
+        data = {
+            label: _prepare(
+                label,
+                make_predictor(base, task, config.tasks[label], config.evaluation),
+                validation[label],
+                config,
+            )
+            for label, task in tasks.items()
+        }
+        train = Joined([found.train for found in data.values()])
+        plan = _plan(train, config)
         folder.record_start(
             base=base.identity,
             seed=config.training.seed,
-            data={
-                "train": len(kept.sequences),
-                "train_too_long": list(kept.too_long),
-                "validation": len(validation),
-                "validation_too_long": list(held_out.too_long),
-                "validation_inputs_also_in_train": overlap(task, validation, train),
-                "train_sha256": make_source(config.data).fingerprint(task.name, "train"),
-            },
+            data={label: found.facts for label, found in data.items()},
         )
         say(
-            f"{task.name}: {len(kept.sequences)} training examples "
-            f"({len(kept.too_long)} longer than "
-            f"{min(config.training.row_length, predictor.window)} tokens dropped), "
-            f"{len(plan.steps)} steps of {config.training.batch_size} examples in rows of "
-            f"{plan.row_length} tokens, {plan.prefix} of them shared"
+            f"{len(plan)} steps of {config.training.batch_size} examples in rows of "
+            f"{plan.row_length} tokens"
         )
-        if held_out.too_long:
-            say(f"{task.name}: validation loss leaves out {len(held_out.too_long)} such examples")
-        best = _train(config, base, task, predictor, validation, kept, held_out, plan, folder)
+        best = _train(config, base, data, train, plan, folder)
         write_adapter(folder.adapter, best, base.config, base.identity)
 
 
-def _encode(
-    predictor: Predictor, examples: Sequence[Example], config: TrainingConfig, where: str
-) -> Kept:
-    encoded = [predictor.encode(example) for example in examples]
+def _prepare(
+    label: str, predictor: Predictor, validation: list[Example], config: FinetuneConfig
+) -> TaskData:
+    """The examples of a task, as they are trained on and evaluated."""
+    settings, task_config = config.training, config.tasks[label]
+    encoded, about = load_encoded(label, predictor, task_config, config.data, "train")
     # A model knows no position past its own window, and would not say so.
-    window = min(config.row_length, predictor.window)
-    return fit_window(encoded, window, config.too_long, where)
+    window = min(settings.row_length, predictor.window)
+    kept = fit_window(encoded, window, settings.too_long, f"{label} train")
+    chosen = choose(validation, settings.validation_examples, settings.seed)
+    encoded_validation = EncodedSet.of(predictor.encode(chosen))
+    held_out = fit_window(encoded_validation, window, settings.too_long, f"{label} validation")
+    prefix = shared_prefix(kept.sequences) if settings.packing == "shared_prefix" else 0
+    say(f"{label}: {about['told']}")
+    say(f"{label}: {_told(kept)}, window of {window} tokens, {prefix} of them shared")
+    if held_out.dropped or held_out.truncated:
+        say(f"{label} validation loss: {_told(held_out)}")
+    facts = {
+        "train": len(kept.sequences),
+        "train_rows": about,
+        "train_too_long": _counts(kept),
+        "validation": len(chosen),
+        "validation_too_long": _counts(held_out),
+        "validation_inputs_also_in_train": check_overlap(
+            config.data, label, "validation", encoded_validation.keys, encoded.keys
+        ),
+        "train_sha256": make_source(config.data).fingerprint(predictor.task.data, "train"),
+    }
+    return TaskData(predictor, kept.sequences, chosen, held_out.sequences, facts)
 
 
-def _plan(sequences: Sequence[Encoded], config: TrainingConfig, training: bool = True) -> Plan:
-    """The rows of training, or those of one ordered pass for the validation loss."""
+def _told(kept: Kept) -> str:
+    parts = [f"{len(kept.sequences)} examples"]
+    if kept.dropped:
+        parts.append(f"{len(kept.dropped)} too long and dropped")
+    if kept.truncated:
+        parts.append(f"{len(kept.truncated)} truncated")
+    if kept.tokens_lost:
+        parts.append(f"{kept.tokens_lost} tokens lost")
+    return ", ".join(parts)
+
+
+def _counts(kept: Kept) -> dict[str, Any]:
+    """What a run folder says of the window; ids as far as they are few enough to be read."""
+    return {
+        "dropped": len(kept.dropped),
+        "truncated": len(kept.truncated),
+        "tokens_lost": kept.tokens_lost,
+        "first_dropped": list(kept.dropped[:100]),
+    }
+
+
+def _plan(train: Joined, config: FinetuneConfig) -> Plan:
+    settings = config.training
+    mixture = _mixture(config.mixture, list(config.tasks))
     return make_plan(
-        np.array([len(s.tokens) for s in sequences]),
-        prefix=shared_prefix(sequences),
-        packing=config.packing,
-        row_length=config.row_length,
-        batch_size=config.batch_size,
-        epochs=config.epochs if training else 1,
-        rows_multiple=config.rows,
-        seed=config.seed if training else None,
+        train.lengths,
+        draw_orders([len(s) for s in train.sets], mixture, settings.seed, settings.epochs),
+        prefixes=[shared_prefix(sequences) for sequences in train.sets],
+        packing=settings.packing,
+        row_length=settings.row_length,
+        batch_size=settings.batch_size,
+        rows_multiple=settings.rows,
+        groups=train.groups,
     )
+
+
+def _mixture(config: MixtureConfig, labels: list[str]) -> Mixture:
+    weights = tuple(config.weights.get(label, 1.0) for label in labels)
+    return Mixture(config.policy, config.temperature, weights, config.cap, config.examples)
+
+
+def _ordered_pass(sequences: EncodedSet, config: FinetuneConfig) -> StepSource:
+    """All sequences once, in their order: what a validation loss is taken over."""
+    settings = config.training
+    plan = make_plan(
+        sequences.lengths,
+        [np.arange(len(sequences))],
+        prefixes=[shared_prefix(sequences)],
+        packing=settings.packing,
+        row_length=settings.row_length,
+        batch_size=settings.batch_size,
+        rows_multiple=settings.rows,
+    )
+    return StepSource(plan, sequences, settings.rows)
 
 
 def _train(
     config: FinetuneConfig,
     base: Base,
-    task: Task,
-    predictor: Predictor,
-    validation: Sequence[Example],
-    kept: Kept,
-    held_out: Kept,
+    data: Mapping[str, TaskData],
+    train: Joined,
     plan: Plan,
     folder: Workdir,
 ) -> Adapter:
-    """The adapter of the best evaluation.
-
-    Its metrics are of all of `validation`, its loss is of `held_out`, those that fit a row.
-    """
-    settings, steps = config.training, len(plan.steps)
+    """The adapter of the best evaluation."""
+    settings, steps = config.training, len(plan)
     schedule = optim.schedule(
         config.optimizer.schedule, config.optimizer.learning_rate, config.optimizer.warmup, steps
     )
@@ -135,22 +212,27 @@ def _train(
     params, adapter = lora.init(base.params, base.axes, rules, init_key)
     trained, fixed = lora.split(adapter)
     frozen: dict[str, Params] = {"params": params, "fixed": fixed}
-    loss = causal_lm(base.module)
-    loss_pass = make_loss_pass(loss)
-    held_out_plan = _plan(held_out.sequences, settings, training=False)
-    held_out_steps = StepSource(held_out_plan, held_out.sequences, settings.rows)
+    labels = list(data) if len(data) > 1 else []
+    loss = causal_lm(base.module, groups=len(labels))
+    loss_pass = make_loss_pass(causal_lm(base.module))
+    held_out = {label: _ordered_pass(found.held_out, config) for label, found in data.items()}
 
     def evaluate(trained: Adapter) -> Mapping[str, float]:
-        sums = [loss_pass(trained, frozen, held_out_steps[i]) for i in range(len(held_out_steps))]
-        total, weight = np.sum(jax.device_get(sums), axis=0)
         variables = {"params": params, "lora": lora.join(trained, fixed)}
-        predictions = predictor.predict(variables, validation)
-        metrics = task.metrics([p.value for p in predictions], validation)
-        say(
-            f"{task.name} validation: loss {total / weight:.4f}, "
-            f"{task.headline} {metrics[task.headline]:.4f}"
-        )
-        return {"loss": float(total / weight)} | metrics
+        values, sums, headlines = {}, np.zeros(2), []
+        for label, found in data.items():
+            source, task = held_out[label], found.predictor.task
+            parts = [loss_pass(trained, frozen, source[i]) for i in range(len(source))]
+            total, weight = np.sum(jax.device_get(parts), axis=0)
+            predictions = found.predictor.predict(variables, found.validation)
+            metrics = task.metrics([p.value for p in predictions], found.validation)
+            headline = metrics[task.headline]
+            say(f"{label} validation: loss {total / weight:.4f}, {task.headline} {headline:.4f}")
+            values |= {f"{label}/{name}": value for name, value in metrics.items()}
+            values[f"{label}/loss"] = float(total / weight)
+            sums += (total, weight)
+            headlines.append(headline)
+        return values | {"loss": float(sums[0] / sums[1]), "headline": float(np.mean(headlines))}
 
     every = settings.evaluate_every
     moments = set(range(every, steps, every)) if every else set(plan.epoch_ends)
@@ -158,7 +240,7 @@ def _train(
         steps=steps,
         evaluate_at=frozenset(moments | {steps}),
         checkpoint_every=settings.checkpoint_every,
-        select=task.headline if settings.select == "metric" else "loss",
+        select="headline" if settings.select == "metric" else "loss",
         larger_is_better=settings.select == "metric",
         patience=settings.patience,
     )
@@ -167,13 +249,13 @@ def _train(
         selection = fit(
             new_state(trained, optimizer, dropout_key),
             frozen,
-            make_train_step(loss, optimizer, schedule),
-            iterate(plan, kept.sequences, settings.rows),
+            make_train_step(loss, optimizer, schedule, labels),
+            iterate(plan, train, settings.rows),
             evaluate,
             checkpoints,
             writer,
             options,
         )
-    say(f"{task.name}: best at step {selection.step} of {steps}")
+    say(f"best at step {selection.step} of {steps}")
     best: Any = checkpoints.restore_best(jax.eval_shape(lambda t: t, trained))[0]
     return lora.join(best, fixed)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ecomjax.evaluation.run import Score
 from ecomjax.experiments.config import StudyConfig, to_json
+from ecomjax.metrics.statistics import FEWEST_EXAMPLES, detectable, examples_needed, verdict
 
 if TYPE_CHECKING:
     from ecomjax.experiments.study import TaskScores
 
 WARNING = "NOT A RESULT: a smoke run, on too little of everything to mean anything"
 
-BESIDE = {"esci": ("accuracy",), "queryner": ("entity_f1_all_o",)}
+BESIDE = {
+    "esci": ("accuracy",),
+    "queryner": ("entity_f1_all_o",),
+    "review_summarization": ("rouge1", "rouge2"),
+    "description_generation": ("rouge1", "bleu"),
+}
 """Metrics shown beside a task's main one."""
 
 
@@ -72,15 +79,21 @@ def _table(found: TaskScores) -> str:
 
 def _comparison(found: TaskScores) -> str:
     difference, low, high, p = found.difference[found.headline]
-    verdict = "not distinguishable"
-    if low > 0:
-        verdict = "LoRA is better"
-    elif high < 0:
-        verdict = "few-shot is better"
+    n = found.shared
+    told = {"better": "LoRA is better", "worse": "few-shot is better"}
+    claim = told.get(verdict(difference, low, high, p, n))
+    if n < FEWEST_EXAMPLES:
+        claim = f"no claim; {n} examples are fewer than the {FEWEST_EXAMPLES} that it takes"
+    elif claim is None:
+        claim = (
+            f"no claim; {n} examples tell apart a difference of {detectable(low, high):.3f} or more"
+        )
+        needed = examples_needed(difference, low, high, n)
+        if needed > n and math.isfinite(needed):
+            claim += f", one of {abs(difference):.3f} would need about {needed:,.0f}"
     return (
         f"LoRA - {found.chosen}-shot, {found.headline.replace('_', ' ')}: {difference:+.3f} "
-        f"[{low:+.3f}, {high:+.3f}], paired bootstrap over {found.shared} examples, "
-        f"p {p:.4f}: {verdict}."
+        f"[{low:+.3f}, {high:+.3f}], paired bootstrap over {n} examples, p {p:.4f}: {claim}."
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ecomjax.evaluation.floors import floors
+from ecomjax.evaluation.predict import Prediction
 from ecomjax.evaluation.run import Score, score
 from ecomjax.experiments import evaluate, finetune, report
 from ecomjax.experiments.assembly import load_examples, say
@@ -103,7 +104,7 @@ def _base(study: Workdir, config: StudyConfig) -> dict[str, Any]:
 
 def _collect(config: StudyConfig, name: str, study: Workdir) -> TaskScores:
     """Reads what the runs of a task have written, and adds floors and the paired comparison."""
-    task = get_task(name)
+    task = get_task(name, **config.icl[name].task.options)
     few_shot, tuned = _folders(study, name)
     settings = config.finetune[name].evaluation
     train = load_examples(task, config.data, "train")
@@ -113,8 +114,8 @@ def _collect(config: StudyConfig, name: str, study: Workdir) -> TaskScores:
 
     rows = []
     for floor, predictions in floors(task, train, test).items():
-        statistics = task.statistics(predictions, test)
-        metrics = score(task, statistics, settings.resamples, settings.seed)
+        guesses = [Prediction(value, "") for value in predictions]
+        metrics = score(task, guesses, test, settings.resamples, settings.seed)
         rows.append(SystemScores(floor, metrics, len(test), None, ""))
     for k in sorted({0, chosen} & {*config.icl[name].fewshot.shots, chosen}):
         label = "zero-shot" if k == 0 else f"{k}-shot"
@@ -177,7 +178,7 @@ def _lines(scores: TaskScores) -> list[dict[str, Any]]:
             "value": found.value,
             "low": found.low,
             "high": found.high,
-            "n": row.n,
+            "n": found.n,
             "invalid_rate": row.metrics["invalid_rate"].value,
             "pretrained": row.pretrained,
             "run": row.run,

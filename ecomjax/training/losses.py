@@ -12,18 +12,20 @@ from ecomjax.models.likelihood import likelihood_of_hidden
 from ecomjax.typing import Adapter, Batch, Params
 
 
-def causal_lm(model: Any):
+def causal_lm(model: Any, groups: int = 0):
     """The response-only loss of an adapter over a frozen base.
 
     Args:
         model: a `models.decoder.Decoder`. If it has experts, their load-balance loss counts
             too in training, times the config's `balance_coefficient`, as if it were that of
             every target of the batch; outside training the loss is the likelihood's alone.
+        groups: number of groups whose part of the loss is told; see `Batch.groups`.
 
     Returns:
         loss(trained, frozen, batch, key) -> (sum of -log p(target) * weight, sum of
-        weights, {}), where frozen is {"params": base, "fixed": constants of the adapter}
-        and key is None outside training.
+        weights, aux), where frozen is {"params": base, "fixed": constants of the adapter}
+        and key is None outside training. aux is {} without groups, else "loss" (that sum
+        without load balance), "weight" and "examples", each [groups].
     """
 
     def loss(trained: Adapter, frozen: dict[str, Params], batch: Batch, key: jax.Array | None):
@@ -32,10 +34,18 @@ def causal_lm(model: Any):
         rngs = None if key is None else {"dropout": key}
         hidden, balance = model.apply(variables, *slots, rngs=rngs, method="with_balance")
         likelihood = likelihood_of_hidden(model, variables, hidden, batch)
-        total, weight = -jnp.sum(likelihood * batch.weights), jnp.sum(batch.weights)
+        weighed = -likelihood * batch.weights
+        total, weight = jnp.sum(weighed), jnp.sum(batch.weights)
         if key is not None and balance is not None:
             mean = balance.sum / jnp.maximum(balance.weight, 1.0)
             total += model.config.balance_coefficient * mean * weight
-        return total, weight, {}
+        if not groups:
+            return total, weight, {}
+        assert batch.groups is not None, "a batch says which groups its rows are of"
+        every = jnp.arange(groups, dtype=jnp.int32)
+        member = (batch.groups[None, :] == every[:, None]).astype(jnp.float32)
+        examples = jnp.maximum(batch.segment_ids.max(axis=1), 0).astype(jnp.float32)
+        by_row = {"loss": weighed.sum(1), "weight": batch.weights.sum(1), "examples": examples}
+        return total, weight, {name: member @ rows for name, rows in by_row.items()}
 
     return loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,12 +17,22 @@ Loss = Callable[..., tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
 
 
 def make_train_step(
-    loss: Loss, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    groups: Sequence[str] = (),
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step over microbatches [M, B, T], accumulated by a scan.
 
     Sums and weights are accumulated and divided once, so the result does not depend on how
     rows are cut into microbatches. Microbatches without a target are skipped.
+
+    Args:
+        loss: with what it tells of its groups in aux; see `training.losses`.
+        optimizer: of the trained parameters.
+        schedule: learning rate by step, told beside the loss.
+        groups: names of the groups, for the metrics `loss/<name>` (NaN in a step without
+            targets of it) and `examples/<name>`.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch):
@@ -32,19 +42,20 @@ def make_train_step(
             number, micro = indexed
 
             def compute(trained):
-                total, weight, _ = loss(trained, frozen, micro, jax.random.fold_in(key, number))
-                return total, weight
+                total, weight, aux = loss(trained, frozen, micro, jax.random.fold_in(key, number))
+                return total, (weight, aux)
 
             def add():
-                (total, weight), grads = jax.value_and_grad(compute, has_aux=True)(state.trained)
-                return jax.tree.map(jnp.add, carry, (total, weight, grads))
+                (total, rest), grads = jax.value_and_grad(compute, has_aux=True)(state.trained)
+                return jax.tree.map(jnp.add, carry, (total, *rest, grads))
 
             return jax.lax.cond((micro.weights > 0).any(), add, lambda: carry), None
 
         zeros = jax.tree.map(jnp.zeros_like, state.trained)
-        start = (jnp.zeros(()), jnp.zeros(()), zeros)
+        parts = {name: jnp.zeros(len(groups)) for name in ("loss", "weight", "examples")}
+        start = (jnp.zeros(()), jnp.zeros(()), parts if groups else {}, zeros)
         numbers = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)
-        (total, weight, grads), _ = jax.lax.scan(of_microbatch, start, (numbers, batch))
+        (total, weight, aux, grads), _ = jax.lax.scan(of_microbatch, start, (numbers, batch))
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
         metrics = {
@@ -54,6 +65,9 @@ def make_train_step(
             "target_tokens": weight,
             "tokens": (batch.segment_ids != PADDING_SEGMENT).sum(),
         }
+        for group, name in enumerate(groups):
+            metrics[f"loss/{name}"] = aux["loss"][group] / aux["weight"][group]
+            metrics[f"examples/{name}"] = aux["examples"][group]
         state = state.replace(
             step=state.step + 1,
             trained=optax.apply_updates(state.trained, updates),

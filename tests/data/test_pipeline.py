@@ -4,24 +4,39 @@ import jax
 import numpy as np
 import pytest
 
-from ecomjax.data.packing import Encoded, assemble, make_plan
+from ecomjax.data.encoded import Encoded, EncodedSet, Joined
+from ecomjax.data.mixture import Mixture, draw_orders
+from ecomjax.data.packing import assemble, make_plan
 from ecomjax.data.pipeline import StepSource, iterate
 
-ROWS = 2
+ROWS = 4
 
 
 @pytest.fixture(scope="module")
 def sequences():
+    """Four tasks of different sizes."""
     rng = np.random.default_rng(0)
-    rows = [tuple(rng.integers(1, 60, n).tolist()) for n in rng.integers(3, 9, 23)]
-    return [Encoded(str(i), row, 2) for i, row in enumerate(rows)]
+    sets = []
+    for task, size in enumerate((23, 4, 11, 7)):
+        rows = [(task + 1, *rng.integers(1, 60, n).tolist()) for n in rng.integers(2, 8, size)]
+        sets.append(EncodedSet.of(Encoded(str(i), tuple(r), 2) for i, r in enumerate(rows)))
+    return Joined(sets)
 
 
 @pytest.fixture(scope="module")
 def plan(sequences):
-    lengths = np.array([len(s.tokens) for s in sequences])
-    options = {"row_length": 8, "batch_size": 5, "epochs": 2, "rows_multiple": ROWS, "seed": 0}
-    return make_plan(lengths, prefix=0, packing="plain", **options)
+    mixture = Mixture("temperature", temperature=2.0)
+    orders = draw_orders([len(s) for s in sequences.sets], mixture, 0, 2)
+    return make_plan(
+        sequences.lengths,
+        orders,
+        prefixes=[1, 1, 1, 1],
+        packing="shared_prefix",
+        row_length=8,
+        batch_size=5,
+        rows_multiple=ROWS,
+        groups=sequences.groups,
+    )
 
 
 def assert_same(left, right):
@@ -31,12 +46,28 @@ def assert_same(left, right):
 
 def test_a_step_is_its_rows_cut_into_microbatches(plan, sequences):
     source = StepSource(plan, sequences, ROWS)
-    assert len(source) == len(plan.steps)
-    for step, rows in enumerate(plan.steps):
+    assert len(source) == len(plan)
+    for step in range(len(plan)):
         batch = source[step]
-        assert batch.tokens.shape == (len(rows) // ROWS, ROWS, 8)
-        joined = jax.tree.map(lambda x: x.reshape(-1, 8), batch)
-        assert_same(joined, assemble(rows, sequences, plan))
+        assert batch.tokens.shape == (plan.rows // ROWS, ROWS, 8)
+        joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+        assert_same(joined, assemble(plan.step(step), sequences, plan))
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_the_slices_of_all_hosts_are_the_batch_of_one(plan, sequences, hosts):
+    whole = StepSource(plan, sequences, ROWS)
+    parts = [StepSource(plan, sequences, ROWS, host, hosts) for host in range(hosts)]
+    for step in range(len(plan)):
+        slices = [part[step] for part in parts]
+        assert {s.tokens.shape[1] for s in slices} == {ROWS // hosts}
+        together = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *slices)
+        assert_same(together, whole[step])
+
+
+def test_rows_that_do_not_divide_over_hosts_are_refused(plan, sequences):
+    with pytest.raises(ValueError, match=r"4 rows .* 3 hosts"):
+        StepSource(plan, sequences, ROWS, 0, 3)
 
 
 def test_iteration_takes_the_steps_in_order(plan, sequences):
@@ -58,6 +89,6 @@ def test_a_restored_iterator_goes_on_where_it_stood(plan, sequences, taken):
     next(other)
     other.set_state(state)
     restored = list(other)
-    assert len(restored) == len(expected) == len(plan.steps) - taken
+    assert len(restored) == len(expected) == len(plan) - taken
     for left, right in zip(restored, expected, strict=True):
         assert_same(left, right)

@@ -19,12 +19,16 @@ class Words:
     """A tokenizer of 61 ids, one for each word by its hash; it decodes to what it is told."""
 
     eos_id = END
+    fingerprint = "words"
 
     def __init__(self, said=""):
         self.said = said
 
     def encode(self, text):
         return [zlib.crc32(word.encode()) % 58 + 3 for word in text.split()]
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids):
         assert END not in list(ids)
@@ -75,7 +79,7 @@ def test_training_sees_the_prompt_of_evaluation_then_the_answer_and_its_end(
 ):
     predictor = make(task, prompt_format=prompt_format)
     for example in examples_of(task):
-        encoded, prompt = predictor.encode(example), predictor.prompt(example)
+        (encoded,), prompt = predictor.encode([example]), predictor.prompt(example)
         assert encoded.id == example.id
         assert encoded.tokens[: encoded.prompt] == prompt
         answer = tuple(predictor.tokenizer.encode(task.answer(example)))

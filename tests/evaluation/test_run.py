@@ -6,7 +6,7 @@ import pytest
 from ecomjax.data.sources import SyntheticSource
 from ecomjax.data.store import Sizes
 from ecomjax.evaluation.predict import Prediction
-from ecomjax.evaluation.run import score, statistics_of_records, to_record
+from ecomjax.evaluation.run import predictions_of_records, score, to_record
 from ecomjax.experiments.files import jsonable
 from ecomjax.tasks.base import Invalid
 from ecomjax.tasks.esci import Esci
@@ -35,7 +35,10 @@ def test_predictions_read_from_disk_score_as_they_did(task):
     direct = task.statistics([prediction.value for prediction in predictions], examples)
     records = [to_record(e, p) for e, p in zip(examples, predictions, strict=True)]
     read = [json.loads(json.dumps(jsonable(record))) for record in records]
-    np.testing.assert_array_equal(statistics_of_records(task, read, examples), direct)
+    kept = predictions_of_records(read)
+    assert kept == predictions
+    again = task.statistics([prediction.value for prediction in kept], examples)
+    np.testing.assert_array_equal(again, direct)
     for record, example, prediction in zip(read, examples, predictions, strict=True):
         assert (record["id"], record["text"]) == (example.id, prediction.text)
         assert (record["prediction"] is None) is (record["invalid"] is not None)
@@ -46,7 +49,7 @@ def test_predictions_read_from_disk_score_as_they_did(task):
 def test_scores_are_the_metrics_of_the_task_in_their_intervals(task):
     examples, predictions = answered(task)
     values = [prediction.value for prediction in predictions]
-    found = score(task, task.statistics(values, examples), 200, 0)
+    found = score(task, predictions, examples, 200, 0)
     metrics = task.metrics(values, examples)
     assert found.keys() == metrics.keys()
     for name, one in found.items():
@@ -66,3 +69,34 @@ def test_invalid_outputs_are_wrong_not_left_out(task):
     assert found[task.headline] < task.metrics(right[1:], examples[1:])[task.headline]
     everything = task.metrics([Invalid("?", "no tuple")] * 12, examples)
     assert everything["invalid_rate"] == 1.0 and everything[task.headline] == 0.0
+
+
+def scored(scores):
+    """Predictions by label scores, given as rows of the order of the labels."""
+    return [
+        Prediction(Esci.labels[int(np.argmax(row))], "", dict(zip(Esci.labels, row, strict=True)))
+        for row in scores
+    ]
+
+
+def test_label_scores_give_calibration_and_ranking():
+    """Sure and right: no error, and every query ranked as it should be. Sure and wrong: all."""
+    task = Esci()
+    examples = task.load(SyntheticSource(0, Sizes(1, 1, 24)), "test")
+    right = [[0.0 if e.target == label else -50.0 for label in task.labels] for e in examples]
+    found = score(task, scored(right), examples, 50, 0)
+    assert found["ece"].value == pytest.approx(0, abs=1e-9)
+    assert found["brier"].value == pytest.approx(0, abs=1e-9)
+    relevant = {e.group for e in examples if e.target != "Irrelevant"}
+    queries = {e.group for e in examples}
+    assert found["ndcg"].value == pytest.approx(len(relevant) / len(queries))
+    assert (found["ndcg"].n, found["accuracy"].n) == (len(queries), 24)
+    wrong = [row[1:] + row[:1] for row in right]
+    worse = score(task, scored(wrong), examples, 50, 0)
+    assert worse["ece"].value == pytest.approx(1) and worse["brier"].value == pytest.approx(2)
+    assert worse["ndcg"].value < found["ndcg"].value
+
+
+def test_without_label_scores_there_is_no_calibration():
+    examples, predictions = answered(Esci())
+    assert not {"ece", "ndcg"} & score(Esci(), predictions, examples, 20, 0).keys()

@@ -1,5 +1,4 @@
 import dataclasses
-import io
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from ecomjax.data.sources import HubSource, LocalSource, SyntheticSource
 from ecomjax.data.store import Sizes
 from ecomjax.errors import UserError
 from ecomjax.experiments import assembly
-from ecomjax.experiments.assembly import counting, draw, load_base, load_examples, make_source
+from ecomjax.experiments.assembly import choose, load_base, load_examples, make_source
 from ecomjax.experiments.config import DataConfig
 from ecomjax.hf.checkpoints import load_pretrained
 from ecomjax.hf.files import sha256_of
@@ -23,16 +22,16 @@ EXAMPLES = [Example(f"id{i}", {"query": f"q {i}"}, "Exact") for i in range(20)]
 
 @given(st.integers(0, 30), st.integers(0, 99))
 def test_a_draw_keeps_the_order_and_has_the_size(size, seed):
-    drawn = draw(EXAMPLES, size, seed)
+    drawn = choose(EXAMPLES, size, seed)
     assert len(drawn) == (size if 0 < size < 20 else 20)
     places = [EXAMPLES.index(example) for example in drawn]
     assert places == sorted(set(places))
-    assert draw(EXAMPLES, size, seed) == drawn
+    assert choose(EXAMPLES, size, seed) == drawn
 
 
 def test_a_draw_is_not_the_head_of_the_split():
     """Files are often sorted; each seed and size draws from all of it."""
-    draws = [tuple(e.id for e in draw(EXAMPLES, 5, seed)) for seed in range(50)]
+    draws = [tuple(e.id for e in choose(EXAMPLES, 5, seed)) for seed in range(50)]
     assert len(set(draws)) > 40
     assert {id for drawn in draws for id in drawn} == {example.id for example in EXAMPLES}
 
@@ -89,13 +88,3 @@ def test_a_base_must_continue_text(make_config, monkeypatch):
     with pytest.raises(UserError, match="is a Bert, which does not continue text"):
         load_base(config)
     load_base.cache_clear()
-
-
-def test_progress_is_for_people(monkeypatch):
-    """A log file gets no line for every batch."""
-    stream = io.StringIO()
-    monkeypatch.setattr(assembly.sys, "stderr", stream)
-    with counting(1000, "scoring") as on_done:
-        for _ in range(1000):
-            on_done(1)
-    assert stream.getvalue().count("scoring") <= 3

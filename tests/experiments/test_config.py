@@ -28,7 +28,7 @@ def changed(values, path, value):
 def test_a_config_becomes_typed_and_immutable():
     config = from_config(finetune.get_config("queryner"))
     assert isinstance(config, FinetuneConfig)
-    assert config.task.name == "queryner"
+    assert [task.name for task in config.tasks.values()] == ["queryner"]
     assert config.adapter.targets == (EVERY_LINEAR,)
     with pytest.raises(AttributeError):
         config.adapter.rank = 3  # pyright: ignore[reportAttributeAccessIssue]
@@ -118,7 +118,8 @@ def test_keys_with_a_default_may_be_left_out():
     [
         ("tasks", ["esci", "esci"], "config.tasks"),
         ("tasks", ["esci"], "config.finetune"),
-        ("finetune.esci.task.name", "queryner", "config.finetune.esci.task.name"),
+        ("finetune.esci.tasks", {"queryner": {"name": "queryner"}}, "config.finetune.esci"),
+        ("icl.esci.task.name", "queryner", "config.icl.esci"),
         ("icl.queryner.model.name", "other", "config.icl.queryner"),
         ("finetune.esci.data.seed", 9, "config.finetune.esci"),
         ("icl.esci.fewshot.shots", [0, -1], "config.icl.esci.fewshot.shots[1]"),
@@ -146,3 +147,24 @@ def test_some_tuples_must_hold_something(module, section, key):
     config[section][key] = ()
     with pytest.raises(UserError, match=rf"empty tuple: config\.{section}\.{key}"):
         from_config(config)
+
+
+def test_several_tasks_are_a_mixture():
+    config = from_config(finetune.get_config("esci+queryner"))
+    assert list(config.tasks) == ["esci", "queryner"]
+    assert config.mixture.weights == {"esci": 1.0, "queryner": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("tasks", {}, "no tasks: config.tasks"),
+        ("tasks", {"../x": {"name": "esci"}}, "'../x': config.tasks"),
+        ("mixture", {"policy": "weights"}, r"weights for \[\]: config.mixture.weights"),
+        ("mixture.policy", "random", "config.mixture.policy"),
+        ("tasks.esci.options", 3, "config.tasks.esci.options"),
+    ],
+)
+def test_tasks_and_mixtures_that_cannot_be_are_refused(path, value, told):
+    with pytest.raises(UserError, match=told):
+        from_config(changed(plain(), path, value))

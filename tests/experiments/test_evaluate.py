@@ -7,7 +7,7 @@ from ecomjax.data.sources import SyntheticSource
 from ecomjax.data.store import Sizes
 from ecomjax.errors import UserError
 from ecomjax.evaluation.predict import Prediction, Predictor
-from ecomjax.evaluation.run import score, statistics_of_records
+from ecomjax.evaluation.run import predictions_of_records, score
 from ecomjax.experiments import evaluate, finetune
 from ecomjax.experiments.assembly import load_examples
 from ecomjax.experiments.files import read_json, read_jsonl
@@ -64,7 +64,8 @@ def test_an_adapter_is_scored_on_the_split_and_the_records_tell_the_score(config
     assert result["n"] == len(examples) == 12
     for record in records:
         assert record["prediction"] == max(record["scores"], key=lambda k: record["scores"][k])
-    again = score(TASK, statistics_of_records(TASK, records, examples), 50, 0)
+    again = score(TASK, predictions_of_records(records), examples, 50, 0)
+    assert {"macro_f1", "ece", "ndcg"} <= again.keys()
     for name, found in again.items():
         told = result["metrics"][name]
         assert (found.value, found.low, found.high) == (told["value"], told["low"], told["high"])
@@ -97,6 +98,31 @@ def test_other_settings_do_not_pass_for_the_scores_on_disk(make_config, adapted,
     other = make_config("finetune", changes={"training.epochs": 1, "evaluation.resamples": 51})
     with pytest.raises(UserError, match=r"other settings of evaluation.*test\.metrics\.json"):
         evaluate.run(other, str(adapted))
+    assert contents(adapted) == before
+
+
+def test_predictions_of_another_run_do_not_pass_for_those_that_were_scored(
+    config, adapted, contents
+):
+    kept = adapted / "eval" / "esci" / "test.predictions.jsonl"
+    before = kept.read_bytes()
+    try:
+        for changed in (before + b"\n", b""):
+            kept.write_bytes(changed)
+            with pytest.raises(UserError, match=r"not those .* scored: .*predictions\.jsonl"):
+                evaluate.run(config, str(adapted))
+        kept.unlink()
+        with pytest.raises(UserError, match="not those that were scored"):
+            evaluate.run(config, str(adapted))
+    finally:
+        kept.write_bytes(before)
+    evaluate.run(config, str(adapted))
+
+
+def test_another_batch_size_is_no_other_setting(make_config, adapted, contents):
+    before = contents(adapted)
+    other = make_config("finetune", changes={"training.epochs": 1, "evaluation.batch_size": 3})
+    evaluate.run(other, str(adapted))
     assert contents(adapted) == before
 
 

@@ -1,10 +1,13 @@
 import collections
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
 from ecomjax import trees
+from ecomjax.data.sources import SyntheticSource
+from ecomjax.data.store import Sizes
 from ecomjax.errors import UserError
 from ecomjax.experiments import finetune
 from ecomjax.experiments.assembly import load_base
@@ -47,7 +50,10 @@ def test_the_run_folder_says_what_was_run(config, trained, tiny_base):
     (start, *_) = read_json(trained / "run.json")["starts"]
     assert start["base"]["sha256"] == sha256_of([tiny_base / "model.safetensors"])
     assert (start["base"]["source"], start["base"]["path"]) == ("local", str(tiny_base))
-    assert start["data"] == start["data"] | {"train": 24, "validation": 6, "train_too_long": []}
+    found = start["data"]["esci"]
+    assert (found["train"], found["validation"]) == (24, 6)
+    assert found["train_too_long"]["dropped"] == 0
+    assert found["train_rows"]["kept"] == 24
     assert any((trained / "tensorboard").iterdir())
 
 
@@ -58,7 +64,7 @@ def test_every_step_is_told_once_and_every_epoch_evaluated(trained):
     assert steps == list(range(1, STEPS + 1))
     assert [line["step"] for line in evaluated] == [6, 12]
     assert evaluated[1]["validation/loss"] < evaluated[0]["validation/loss"]
-    assert {"validation/macro_f1", "validation/invalid_rate"} <= set(evaluated[0])
+    assert {"validation/esci/macro_f1", "validation/esci/invalid_rate"} <= set(evaluated[0])
     assert Checkpoints(trained / "checkpoints").steps() == [10, 12]
 
 
@@ -163,12 +169,66 @@ def test_examples_longer_than_the_window_are_dropped_and_counted(
 ):
     changes = {"training.row_length": 247, "training.epochs": 1}
     train(make_config("finetune", changes=changes), tmp_path)
-    data = read_json(tmp_path / "run.json")["starts"][0]["data"]
-    dropped, unseen = len(data["train_too_long"]), len(data["validation_too_long"])
+    data = read_json(tmp_path / "run.json")["starts"][0]["data"]["esci"]
+    dropped = data["train_too_long"]["dropped"]
+    unseen = data["validation_too_long"]["dropped"]
     assert 0 < dropped < 24 and data["train"] == 24 - dropped
     assert 0 < unseen < 6 and data["validation"] == 6
     told = capsys.readouterr().err
-    assert f"({dropped} longer than 247 tokens dropped)" in told
-    assert f"validation loss leaves out {unseen} such examples" in told
+    assert f"{24 - dropped} examples, {dropped} too long and dropped" in told
+    assert f"validation loss: {6 - unseen} examples, {unseen} too long and dropped" in told
     steps = [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")]
     assert max(steps) == -(-data["train"] // 4)
+
+
+def test_a_mixture_is_told_task_by_task(make_config, train, tmp_path):
+    """Realised counts and losses of each task add up; each is evaluated with its own metric."""
+    changes = {"training.epochs": 1, "training.row_length": 1024, "mixture.policy": "weights"}
+    config = make_config("finetune", "esci+queryner", changes)
+    mixture = dataclasses.replace(config.mixture, weights={"esci": 3.0, "queryner": 1.0})
+    train(dataclasses.replace(config, mixture=mixture), tmp_path)
+    lines = [x for x in read_jsonl(tmp_path / "metrics.jsonl") if "train/loss" in x]
+    drawn = {task: sum(line[f"train/examples/{task}"] for line in lines) for task in config.tasks}
+    assert drawn == {"esci": 36, "queryner": 12}
+    for line in lines:
+        assert (line["train/loss/esci"] is None) == (line["train/examples/esci"] == 0)
+        told = [x for task in config.tasks if (x := line[f"train/loss/{task}"]) is not None]
+        assert min(told) <= line["train/loss"] <= max(told)
+    (last,) = [x for x in read_jsonl(tmp_path / "metrics.jsonl") if "validation/loss" in x]
+    headlines = [last["validation/esci/macro_f1"], last["validation/queryner/entity_f1"]]
+    assert last["validation/headline"] == pytest.approx(np.mean(headlines))
+    assert set(read_json(tmp_path / "run.json")["starts"][0]["data"]) == set(config.tasks)
+
+
+def test_inputs_of_validation_that_are_in_train_are_told(make_config, train, tmp_path, capsys):
+    """The same file as both splits: a warning with counts, or an error where one is asked for."""
+    task = SyntheticSource(0, Sizes(6, 6, 6))
+    folder = tmp_path / "data" / "esci"
+    folder.mkdir(parents=True)
+    lines = "".join(json.dumps(row.values) + "\n" for row in task.rows("esci", "train"))
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    changes = {"data.source": "local", "data.path": str(tmp_path / "data"), "training.epochs": 1}
+    train(make_config("finetune", changes=changes), tmp_path / "run")
+    assert "6 of 6 inputs of validation are also in train" in capsys.readouterr().err
+    strict = make_config("finetune", changes=changes | {"data.on_overlap": "raise"})
+    with pytest.raises(UserError, match="6 of 6 inputs of validation are also in train: esci"):
+        train(strict, tmp_path / "strict")
+
+
+def test_changed_data_are_read_again(make_config, train, tmp_path):
+    """What is cached is found by content: a mended label is trained on."""
+    folder = tmp_path / "data" / "esci"
+    folder.mkdir(parents=True)
+    rows = [dict(row.values) for row in SyntheticSource(0, Sizes(6, 6, 6)).rows("esci", "train")]
+    changes = {"data.source": "local", "data.path": str(tmp_path / "data"), "training.epochs": 1}
+    losses = []
+    for number, label in enumerate(("Exact", "Irrelevant")):
+        rows[0]["esci_label"] = label
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        for split in ("train", "validation"):
+            (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+        train(make_config("finetune", changes=changes), tmp_path / str(number))
+        told = read_jsonl(tmp_path / str(number) / "metrics.jsonl")
+        losses.append([line["train/loss"] for line in told if "train/loss" in line])
+    assert losses[0] != losses[1]

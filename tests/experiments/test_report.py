@@ -11,7 +11,7 @@ from ecomjax.experiments.study import SystemScores, TaskScores
 def scores():
     def metrics(value):
         return {
-            name: Score(value, value - 0.05, value + 0.05)
+            name: Score(value, value - 0.05, value + 0.05, 50)
             for name in ("macro_f1", "accuracy", "invalid_rate")
         }
 
@@ -20,7 +20,7 @@ def scores():
         headline="macro_f1",
         train_size=100,
         seed=0,
-        shots={0: Score(0.2, 0.1, 0.3), 3: Score(0.4, 0.35, 0.45)},
+        shots={0: Score(0.2, 0.1, 0.3, 20), 3: Score(0.4, 0.35, 0.45, 20)},
         validation_size=20,
         chosen=3,
         systems=(
@@ -29,7 +29,7 @@ def scores():
             SystemScores("LoRA", metrics(0.6), 50, True, "runs/esci-lora"),
         ),
         difference={"macro_f1": (0.2, 0.1, 0.3, 0.001)},
-        shared=48,
+        shared=148,
         train_overlap=7,
     )
 
@@ -69,15 +69,24 @@ def test_a_row_for_each_system_in_columns_that_line_up(tables):
     [
         ((0.2, 0.1, 0.3, 0.001), "LoRA is better"),
         ((-0.2, -0.3, -0.1, 0.001), "few-shot is better"),
-        ((0.2, -0.01, 0.3, 0.07), "not distinguishable"),
-        ((0.0, 0.0, 0.0, 1.0), "not distinguishable"),
+        (
+            (0.1, -0.05, 0.25, 0.07),
+            "no claim; 148 examples tell apart a difference of 0.150 or more, "
+            "one of 0.100 would need about 333",
+        ),
+        ((0.0, 0.0, 0.0, 1.0), "no claim; 148 examples tell apart a difference of 0.000 or more"),
     ],
 )
 def test_the_verdict_needs_an_interval_that_leaves_out_zero(tables, difference, verdict):
     shown = tables(difference={"macro_f1": difference})
     assert shown.rstrip().endswith(f"{verdict}.")
     assert f"LoRA - 3-shot, macro f1: {difference[0]:+.3f}" in shown
-    assert "over 48 examples" in shown
+    assert "over 148 examples" in shown
+
+
+def test_a_split_too_small_to_tell_systems_apart_makes_no_claim(tables):
+    shown = tables(difference={"macro_f1": (0.4, 0.3, 0.5, 0.001)}, shared=64)
+    assert shown.rstrip().endswith("no claim; 64 examples are fewer than the 100 that it takes.")
 
 
 def test_only_a_smoke_run_is_headed_not_a_result(tables):

@@ -6,7 +6,8 @@ import pytest
 from ecomjax import trees
 from ecomjax.adapters import lora
 from ecomjax.adapters.rules import LoraRule
-from ecomjax.data.packing import Encoded, assemble, make_plan, shared_prefix
+from ecomjax.data.encoded import Encoded, EncodedSet, shared_prefix
+from ecomjax.data.packing import assemble, make_plan
 from ecomjax.training.losses import causal_lm
 
 PACKINGS = ("shared_prefix", "plain", "pad")
@@ -58,10 +59,17 @@ def run(tiny):
 
 def pack(sequences, packing):
     """One step of all sequences, in seven rows however few they fill."""
-    lengths = np.array([len(s.tokens) for s in sequences])
-    options = {"row_length": 36, "batch_size": 7, "epochs": 1, "rows_multiple": 7, "seed": 0}
-    plan = make_plan(lengths, prefix=shared_prefix(sequences), packing=packing, **options)
-    return assemble(plan.steps[0], sequences, plan)
+    made = EncodedSet.of(sequences)
+    plan = make_plan(
+        made.lengths,
+        [np.random.default_rng(0).permutation(len(made))],
+        prefixes=[shared_prefix(made)],
+        packing=packing,
+        row_length=36,
+        batch_size=7,
+        rows_multiple=7,
+    )
+    return assemble(plan.step(0), made, plan)
 
 
 def test_counts_answers_token_by_token(tiny, run, sequences):
@@ -121,3 +129,20 @@ def test_prompts_carry_no_loss(run, sequences):
         tokens=np.where(batch.segment_ids == 0, noise, batch.tokens),
     )
     assert float(run(changed)[0]) == float(run(batch)[0])
+
+
+def test_groups_tell_their_parts_of_the_loss(tiny, sequences):
+    """Rows of two groups in one batch: each has the loss it has alone."""
+    rows = pack(sequences, "pad")
+    groups = np.array([0, 1, 1, 0, 1, 0, 0], np.int32)
+    loss = jax.jit(causal_lm(tiny.model, groups=3))
+    frozen = {"params": tiny.params, "fixed": {}}
+    total, weight, parts = loss({}, frozen, rows.replace(groups=groups), None)
+    assert float(parts["loss"].sum()) == pytest.approx(float(total), rel=1e-6)
+    assert float(parts["weight"].sum()) == float(weight)
+    for group in (0, 1):
+        own = jax.tree.map(lambda x, group=group: x[groups == group], rows)
+        alone, targets, _ = loss({}, frozen, own.replace(groups=groups[groups == group]), None)
+        assert float(parts["loss"][group]) == pytest.approx(float(alone), rel=1e-5)
+        assert float(parts["weight"][group]) == float(targets)
+    assert parts["examples"].tolist() == [4, 3, 0]

@@ -89,6 +89,22 @@ def test_metrics(rows):
     assert float(metrics["learning_rate"]) == pytest.approx(0.1)
 
 
+def test_groups_are_told_apart(rows):
+    """Sums over microbatches, divided once; a group without a target in the step has no loss."""
+
+    def grouped(trained, frozen, batch, key):
+        total, weight, _ = toy_loss(trained, frozen, batch, key)
+        by_group = jnp.zeros(2).at[1]
+        parts = {"loss": by_group.set(total), "weight": by_group.set(weight)}
+        return total, weight, parts | {"examples": by_group.set(1.0)}
+
+    step = make_train_step(grouped, optax.sgd(1.0), slope, ("a", "b"))
+    _, metrics = step(toy_state(optax.sgd(1.0)), jnp.float32(0.5), cut(add_empty(rows, 2), 5))
+    assert float(metrics["loss/b"]) == pytest.approx(float(metrics["loss"]))
+    assert np.isnan(float(metrics["loss/a"]))
+    assert (float(metrics["examples/a"]), float(metrics["examples/b"])) == (0, 4)
+
+
 def test_empty_microbatches_are_skipped(rows):
     """The toy loss of one is not a number, and so would be its gradient."""
     _, expected = run_toy(cut(rows, 8))
