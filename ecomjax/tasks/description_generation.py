@@ -68,7 +68,10 @@ class DescriptionGeneration(TextTask):
         if reason:
             return Skipped(reason)
         inputs = {name: given[name] for name in SHOWN if given[name]}
-        return Example(identity(row, "product_id"), inputs, (given["description"],))
+        name = identity(row, "product_id")
+        if not self.locale and row.values.get("example_id") is None:
+            name = f"{row.values.get('product_locale') or ''}-{name}"  # unique within a locale
+        return Example(name, inputs, (given["description"],))
 
     def _left_out(self, row: Row, given: dict[str, str]) -> str | None:
         """Why the study would not use a product, None if it would."""

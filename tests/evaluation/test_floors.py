@@ -83,7 +83,11 @@ def test_real_floors_of_texts_and_instructions(shared_data):
         assert 0 < metrics["macro_f1"] < 1 and metrics["invalid_rate"] == 0, name
 
 
-@pytest.mark.parametrize("task", [Esci(), QueryNer()], ids=lambda task: task.name)
+@pytest.mark.parametrize(
+    "task",
+    [Esci(), QueryNer(), ReviewSummarization(), DescriptionGeneration()],
+    ids=lambda task: task.name,
+)
 def test_floors_score_through_the_statistics_of_the_task(task):
     source = SyntheticSource(0, Sizes(60, 10, 20))
     train, test = task.load(source, "train"), task.load(source, "test")

@@ -134,6 +134,12 @@ def test_parse_never_raises(text):
             task.metrics([task.parse(said, found)], [found])
 
 
+def test_long_hostile_texts_are_read_in_linear_time():
+    found = example(LETTERS, output="A")
+    for text in ("\n" * 10**6, "(" * 10**6, "B (or" * 10**5, "A" + " " * 10**6 + "x", "C+" * 10**5):
+        assert isinstance(LETTERS.parse(text, found), Invalid)
+
+
 @pytest.mark.parametrize(
     ("task", "changes", "message"),
     [
