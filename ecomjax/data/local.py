@@ -53,11 +53,10 @@ class LocalSource:
 
     def _data(self, name: str, split: str) -> subsets.DataSet:
         check_split(split, SPLITS, self.name)
-        stand_in = STAND_INS.get(name, name)
-        for read in (name, stand_in, name):
-            path = _inside(self.folder, self.folder / read)
-            if path.is_dir():
-                break
+        named = [
+            _inside(self.folder, self.folder / each) for each in (name, STAND_INS.get(name, name))
+        ]
+        path = next((path for path in named if path.is_dir()), named[0])
         for folder in (self.folder, path):
             if not folder.is_dir():
                 form = f"data is read from <folder>/{name}/{split}.jsonl"
@@ -67,7 +66,7 @@ class LocalSource:
                 _inside(self.folder, path / table) for table in (EXAMPLES, PRODUCTS)
             )
             return EsciTables(examples, products, self._cache, *self._filters)
-        if any(self._filters) and "esci" in (name, stand_in):
+        if any(self._filters) and path.name == "esci":
             raise UserError(
                 "version and locale are columns of the official tables alone",
                 str(path),

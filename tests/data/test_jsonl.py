@@ -1,6 +1,7 @@
 import gzip
 import json
 import pickle
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -96,6 +97,16 @@ def test_lines_are_those_of_the_file_however_it_is_cut(tmp_path_factory, parts, 
 def test_a_million_characters_are_a_row(lines):
     text = "👟" * 10**6
     assert lines(json.dumps({"a": text}).encode())[0].values["a"] == text
+
+
+def test_memory_does_not_grow_with_the_file(lines):
+    line = json.dumps({"a": "x" * 1000}).encode() + b"\n"
+    content = line * 2**16
+    tracemalloc.start()
+    rows = lines(content)
+    kept, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(rows) == 2**16 and most < len(content) / 2 and kept < 20 * 2**16
 
 
 def test_files_of_a_folder_are_rows(tmp_path):

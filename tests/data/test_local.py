@@ -185,11 +185,13 @@ def test_the_rest_of_train_says_where_it_stands(data):
 
 def test_filters_are_for_the_official_tables(data):
     data.write("esci/test.jsonl", b"{}\n")
-    data.write("queryner/test.jsonl", b"{}\n")
     filtered = LocalSource(data.folder, version="small")
-    assert len(filtered.rows("queryner", "test")) == 1
-    with pytest.raises(UserError, match="columns of the official tables alone"):
-        filtered.rows("esci", "test")
+    for name in ("esci", "description_generation"):
+        with pytest.raises(UserError, match="columns of the official tables alone"):
+            filtered.rows(name, "test")
+    for name in ("queryner", "description_generation"):
+        data.write(f"{name}/test.jsonl", b"{}\n")
+        assert len(filtered.rows(name, "test")) == 1
 
 
 def test_rows_larger_than_any_bound_of_text_keep_their_neighbours(data, monkeypatch):
