@@ -175,9 +175,7 @@ class _Labels(_Answers):
         # The longest first: one label may begin another.
         self.ordered = sorted(labels, key=len, reverse=True)
         choice = "|".join(f"({re.escape(label)})" for label in self.ordered)
-        self.pattern = re.compile(
-            rf"\W*?(?:{choice})(?!\w)[^\S\n]*(?:\Z|\n|[^\w\s])", re.IGNORECASE
-        )
+        self.pattern = re.compile(rf"\W*?(?:{choice})[^\S\n]*(?:\Z|\n|[^\w\s])", re.IGNORECASE)
 
     def target(self, output: str) -> str | None:
         found = self.pattern.match(output)
