@@ -39,8 +39,8 @@ OUTSIDE_NEVER_IN = {
     "configs/": ("jax", "flax", "ecomjax"),
 }
 LAZY = (
-    *("datasets", "gguf", "rouge_score", "sacrebleu", "scipy", "sentencepiece", "seqeval"),
-    *("sklearn", "tensorboardX", "torch", "transformers"),
+    *("datasets", "gguf", "pyarrow", "rouge_score", "sacrebleu", "scipy", "sentencepiece"),
+    *("seqeval", "sklearn", "tensorboardX", "torch", "transformers"),
 )
 
 
