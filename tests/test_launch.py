@@ -125,3 +125,23 @@ def test_an_interrupt_is_one_line():
 def test_a_defect_keeps_its_traceback():
     _, err = call_with("{}['key']", status=1)
     assert "Traceback" in err and "KeyError: 'key'" in err
+
+
+def test_benchmark_shows_what_it_takes():
+    out, _ = call("benchmark", "--help", status=0)
+    assert "python -m launch.benchmark packing" in out and "--json" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "no benchmark named"),
+        (["speed"], "unknown benchmark 'speed': launch.benchmark; known: packing"),
+        (["packing", "--jsn"], "jsn"),
+        (["packing", "--data=no/such"], "no such folder"),
+    ],
+)
+def test_benchmark_tells_mistakes_in_one_line(arguments, told):
+    _, err = call("benchmark", *arguments, status=2)
+    *_, last = err.splitlines()
+    assert last.startswith("error: ") and told in last

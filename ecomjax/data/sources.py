@@ -30,7 +30,7 @@ class SyntheticSource:
         self.seed = seed
         self.sizes = sizes or store.Sizes()
 
-    def rows(self, name: str, split: str) -> list[Row]:
+    def rows(self, name: str, split: str) -> Rows:
         check_split(split, SPLITS, self.name)
         values = store.rows(name, split, self.seed, getattr(self.sizes, split))
         if not values:
