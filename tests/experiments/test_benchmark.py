@@ -62,7 +62,7 @@ def test_what_is_printed_as_json_has_what_is_compared():
 
 def test_an_unknown_benchmark_is_told_before_any_is_run(monkeypatch):
     monkeypatch.setitem(benchmark.BENCHMARKS, "packing", None)
-    with pytest.raises(UserError, match="unknown benchmark 'speed'.*known: packing"):
+    with pytest.raises(UserError, match=r"unknown benchmark 'speed'.*known: packing"):
         benchmark.run(["packing", "speed"], "synthetic")
 
 
