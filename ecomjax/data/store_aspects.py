@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import random
 import re
 from collections.abc import Mapping
@@ -40,7 +41,7 @@ Judgement = tuple[Aspect, bool]
 @functools.cache
 def aspects() -> dict[str, list[Aspect]]:
     """The aspects of each trait; those of every third are at home in validation."""
-    homes = iter(["test", "test", "validation"] * len(ASPECTS))
+    homes = itertools.cycle(("test", "test", "validation"))
     return {
         trait: [
             Aspect(

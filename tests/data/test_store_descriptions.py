@@ -90,15 +90,26 @@ def test_description_by_hand():
         "best for hiking and created with men in mind. The fit matches the chart and the delivery "
         "took two days. Comes in size 8 and arrives as a set of two."
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "amount"),
+    [
+        ("12 inch", "Measures twelve inches"),
+        ("1 liter", "Holds one liter"),
+        ("large", "Comes in large"),
+    ],
+)
+def test_sizes_by_hand(size, amount):
     row = {
         "product_title": "Hearthwell Nonstick Wok Ember Model 2000",
-        "product_bullet_point": "Dimension: 12 inch.\nNow with tight lid.",
+        "product_bullet_point": f"Dimension: {size}.\nNow with tight lid.",
         "product_brand": "Hearthwell",
         "product_color": None,
     }
     assert store.gold_description(row) == (
         "Cook and serve with the Ember wok by Hearthwell, model 2000. Nonstick. The lid shuts "
-        "with a click. Measures twelve inches."
+        f"with a click. {amount}."
     )
 
 
@@ -126,6 +137,15 @@ def test_training_has_every_praise():
 def test_no_text_is_in_two_splits(column):
     texts = [{row[column] for row in most(split)} for split in store.SPLITS]
     assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
+
+
+def test_no_model_is_in_two_splits():
+    """Titles and descriptions state the model, so they differ for certain and not by chance."""
+    for remainder, split in enumerate(store.SPLITS):
+        for row in most(split):
+            model = row["product_title"].split()[-1]
+            assert f", model {model}." in row["product_description"]
+            assert int(model) % len(store.SPLITS) == remainder
 
 
 @pytest.mark.parametrize(("split", "least"), [("validation", 50), ("test", 100)])

@@ -11,6 +11,7 @@ import pytest
 
 from ecomjax.data import catalogue, store, store_aspects, store_items, store_reviews
 from ecomjax.data.store_aspect_words import TRAITS
+from ecomjax.data.store_review_words import ASIDES, FRAMES, OPENERS
 from ecomjax.data.store_words import AISLES
 
 TASK = "review_summarization"
@@ -231,6 +232,14 @@ def test_aspects_are_balanced():
 def test_no_text_is_in_two_splits():
     kinds = [set(texts(most(split))) for split in store.SPLITS]
     assert not kinds[0] & kinds[1] and not kinds[0] & kinds[2] and not kinds[1] & kinds[2]
+
+
+@pytest.mark.parametrize("table", [OPENERS, FRAMES, ASIDES])
+def test_every_split_has_sentences_of_its_own(table):
+    written = {split: " ".join(texts(most(split))) for split in store.SPLITS}
+    for split, sentence in ((split, s) for split, listed in table.items() for s in listed):
+        start = sentence.partition("{")[0]
+        assert [other for other, text in written.items() if start in text] == [split]
 
 
 @pytest.mark.parametrize(("split", "least"), [("validation", 15), ("test", 30)])
