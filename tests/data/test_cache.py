@@ -113,6 +113,20 @@ def test_processes_that_make_the_same_meet(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_process_that_comes_second_takes_what_is_there(build, monkeypatch):
+    """The other one renames its folder between the last look and our own rename."""
+    rename = cache.Path.rename
+
+    def late(path, target):
+        if path.name == "new":
+            monkeypatch.undo()
+            build("a", content="theirs")
+        return rename(path, target)
+
+    monkeypatch.setattr(cache.Path, "rename", late)
+    assert build("a", content="ours") == "theirs" and build.times == 2
+
+
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match=r"cannot write the cache \(Not a directory\): .*file"):
@@ -158,6 +172,19 @@ class TestDigest:
         for _ in range(2):
             Cache(tmp_path / "cache").digest(path)
         assert read == ["x", "x"]
+
+    def test_of_a_file_that_changes_meanwhile_is_an_error(self, tmp_path, read, monkeypatch):
+        path = tmp_path / "x"
+        path.write_bytes(b"abc")
+        file_digest = hashlib.file_digest
+
+        def slow(file, kind):
+            path.write_bytes(b"abcd")
+            return file_digest(file, kind)
+
+        monkeypatch.setattr(hashlib, "file_digest", slow)
+        with pytest.raises(UserError, match=r"file changes while it is read: .*x; wait"):
+            Cache(tmp_path / "cache").digest(path)
 
     def test_needs_no_cache_that_can_be_written(self, tmp_path, read):
         path = tmp_path / "x"

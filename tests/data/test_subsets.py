@@ -105,6 +105,7 @@ def test_train_and_validation_are_all_of_train():
     train, validation = (subsets.rows(data, "esci", split) for split in ("train", "validation"))
     assert sorted([*train, *validation], key=lambda row: row.values["n"]) == everything
     assert not {row.values["query"] for row in train} & {row.values["query"] for row in validation}
+    assert len(train) > 3 * len(validation)
     assert subsets.rows(data, "esci", "test") is data.splits["test"]
     prints = {subsets.digest(data, "esci", split) for split in ("train", "validation", "test")}
     assert len(prints) == 3
