@@ -178,6 +178,7 @@ def evaluation(tasks: list[str], smoke: bool = False) -> ConfigDict:
         {
             "split": "test",
             "batch_size": min(TASKS[task]["batch_size"] for task in tasks),
+            "too_long": "raise",
             "temperature": 0.0,
             "top_p": 1.0,
             "resamples": 200 if smoke else 2000,

@@ -11,6 +11,7 @@ import flax.linen as nn
 
 from ecomjax.data.encoded import Encoded, key_of
 from ecomjax.decoding.generate import GenerateOptions, generate
+from ecomjax.decoding.prefix import common_prefix
 from ecomjax.decoding.score import label_log_likelihoods
 from ecomjax.errors import UserError
 from ecomjax.tasks.base import Example, Task
@@ -50,11 +51,13 @@ class Prediction:
         value: of the type of `Example.target`, or `Invalid`.
         text: the answer as text; for label likelihoods, the most likely label.
         scores: log-likelihood of every label, where labels were scored; else empty.
+        lost: tokens of the input that were cut to leave room for the answer.
     """
 
     value: Any
     text: str
     scores: dict[str, float] = dataclasses.field(default_factory=dict)
+    lost: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Predictor:
         batch_size: prompts at once.
         window: most tokens of a prompt and its answer.
         max_new_tokens: of a written answer.
+        too_long: what becomes of prompts that leave no room for an answer: "raise", or
+            "truncate", which cuts the beginning of the example's own input.
         temperature, top_p, seed: see `GenerateOptions`.
     """
 
@@ -82,6 +87,7 @@ class Predictor:
     batch_size: int
     window: int
     max_new_tokens: int
+    too_long: Literal["truncate", "raise"] = "raise"
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
@@ -90,7 +96,7 @@ class Predictor:
         if self.method == "likelihood" and self.task.labels is None:
             raise UserError(
                 f"task {self.task.name} has no closed set of labels",
-                "config.evaluation.method",
+                f"config.tasks.{self.task.name}.method",
                 "use auto or generate",
             )
 
@@ -116,6 +122,43 @@ class Predictor:
         prompt = self.task.prompt(example, demonstrations)
         return render(prompt, self.prompt_format, self.tokenizer.chat)
 
+    @property
+    def by_likelihood(self) -> bool:
+        """Whether answers are labels, found by their likelihood."""
+        return self.task.labels is not None and self.method != "generate"
+
+    def fitted(
+        self, examples: Sequence[Example], demonstrations: Demonstrations = ()
+    ) -> tuple[list[tuple[int, ...]], list[int]]:
+        """Prompts that leave room for an answer, and how many tokens each has lost for it.
+
+        What all prompts open with is never cut, nor is a prompt's last token.
+
+        Raises:
+            UserError: a prompt is too long, and is not to be cut or would keep nothing.
+        """
+        prompts = [self.prompt(example, demonstrations) for example in examples]
+        answer = self.max_new_tokens
+        if self.by_likelihood:
+            answer = max(len(self.answer(label)) for label in self.task.labels or ())
+        room = self.window - answer
+        lost = [max(len(prompt) - room, 0) for prompt in prompts]
+        head = common_prefix(prompts) if any(lost) else 0
+        for example, prompt, cut in zip(examples, prompts, lost, strict=True):
+            if cut and (self.too_long == "raise" or cut >= len(prompt) - head):
+                raise UserError(
+                    f"prompt of {len(prompt)} tokens leaves no room for an answer of {answer} in "
+                    f"the window of {self.window}",
+                    f"{self.task.name}, example {example.id}",
+                    "use fewer demonstrations or shorter inputs, or set "
+                    "config.evaluation.too_long=truncate",
+                )
+        cut_prompts = [
+            prompt[:head] + prompt[head + cut :] if cut else prompt
+            for prompt, cut in zip(prompts, lost, strict=True)
+        ]
+        return cut_prompts, lost
+
     def predict(
         self,
         variables: Any,
@@ -132,11 +175,11 @@ class Predictor:
             on_done: called with the number of examples just finished.
 
         Raises:
-            UserError: the method asks for labels and the task has none.
+            UserError: see `fitted`.
         """
-        prompts = [self.prompt(example, demonstrations) for example in examples]
+        prompts, lost = self.fitted(examples, demonstrations)
         labels = self.task.labels
-        if labels is not None and self.method != "generate":
+        if labels is not None and self.by_likelihood:
             table = label_log_likelihoods(
                 self.model,
                 variables,
@@ -151,8 +194,9 @@ class Predictor:
                     labels[int(row.argmax())],
                     labels[int(row.argmax())],
                     dict(zip(labels, row.tolist(), strict=True)),
+                    cut,
                 )
-                for row in table
+                for row, cut in zip(table, lost, strict=True)
             ]
         options = GenerateOptions(
             max_new_tokens=self.max_new_tokens,
@@ -166,6 +210,6 @@ class Predictor:
         answers = generate(self.model, variables, prompts, options, on_done)
         texts = [self.tokenizer.decode(answer.tokens) for answer in answers]
         return [
-            Prediction(self.task.parse(text, example), text)
-            for text, example in zip(texts, examples, strict=True)
+            Prediction(self.task.parse(text, example), text, lost=cut)
+            for text, example, cut in zip(texts, examples, lost, strict=True)
         ]

@@ -92,6 +92,7 @@ def to_record(example: Example, prediction: Prediction) -> dict[str, Any]:
         "invalid": value.reason if invalid else None,
         "text": prediction.text,
         "scores": prediction.scores,
+        "lost": prediction.lost,
     }
 
 
@@ -104,5 +105,5 @@ def predictions_of_records(records: Iterable[Mapping[str, Any]]) -> list[Predict
             value = Invalid(record["text"], record["invalid"])
         elif isinstance(value, list):
             value = tuple(value)
-        predictions.append(Prediction(value, record["text"], record["scores"]))
+        predictions.append(Prediction(value, record["text"], record["scores"], record["lost"]))
     return predictions

@@ -142,7 +142,7 @@ def load_encoded(
         def examples() -> Iterator[Example]:
             with counting(len(rows), f"{label} {split}: tokenizing") as on_row:
                 yield from task.read(rows, report, config.on_bad_row, on_row)
-            about.update(dataclasses.asdict(report), told=str(report))
+            about.update(vars(report), told=str(report))
 
         write_set(folder, predictor.encode(examples()), about)
 
@@ -190,6 +190,7 @@ def make_predictor(
         batch_size=config.batch_size,
         window=base.config.max_positions,
         max_new_tokens=task_config.max_new_tokens,
+        too_long=config.too_long,
         temperature=config.temperature,
         top_p=config.top_p,
         seed=config.seed,

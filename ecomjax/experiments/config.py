@@ -212,6 +212,8 @@ class EvaluationConfig:
     split: Literal["train", "validation", "test"] = "test"
     batch_size: Positive = 16
     """Prompts at once; no score depends on it."""
+    too_long: Literal["truncate", "raise"] = "raise"
+    """What becomes of prompts that leave no room for an answer; truncate: input is cut."""
     temperature: NonNegative = 0.0
     """0: greedy."""
     top_p: Annotated[float, Interval(0.0, 1.0, open_low=True)] = 1.0

@@ -180,6 +180,7 @@ def _scored(
         "name": name,
         "n": len(examples),
         "demonstrations": len(demonstrations),
+        "truncated": sum(prediction.lost > 0 for prediction in predictions),
         "headline": task.headline,
         "metrics": score(task, predictions, examples, settings.resamples, settings.seed),
         "predictions_sha256": sha256_of([kept]),

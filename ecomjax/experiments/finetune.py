@@ -110,6 +110,7 @@ def _prepare(
     window = min(settings.row_length, predictor.window)
     kept = fit_window(encoded, window, settings.too_long, f"{label} train")
     chosen = choose(validation, settings.validation_examples, settings.seed)
+    predictor.fitted(chosen)  # What cannot be asked is told now, and not after an epoch.
     encoded_validation = EncodedSet.of(predictor.encode(chosen))
     held_out = fit_window(encoded_validation, window, settings.too_long, f"{label} validation")
     prefix = shared_prefix(kept.sequences) if settings.packing == "shared_prefix" else 0

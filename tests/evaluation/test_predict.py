@@ -157,10 +157,32 @@ def test_labels_can_be_written_too(make, variables):
 
 
 def test_there_is_no_likelihood_of_labels_that_are_none(make, variables):
-    with pytest.raises(UserError, match=r"queryner has no closed set.*config\.evaluation\.method"):
+    with pytest.raises(UserError, match=r"no closed set.*config\.tasks\.queryner\.method"):
         make(QueryNer(), method="likelihood").predict(variables, examples_of(QueryNer(), 1))
 
 
 def test_a_prompt_too_long_for_the_window_is_told_not_cut(make, variables):
-    with pytest.raises(UserError, match="window of 40"):
-        make(Esci(), window=40).predict(variables, examples_of(Esci(), 1))
+    for method in ("likelihood", "generate"):
+        predictor = make(Esci(), window=40, method=method)
+        with pytest.raises(UserError, match=r"window of 40: esci, example 2\d*; .*too_long"):
+            predictor.predict(variables, examples_of(Esci(), 1))
+
+
+@pytest.mark.parametrize("method", ["likelihood", "generate"])
+def test_a_prompt_that_may_be_cut_loses_the_beginning_of_its_own_input(make, variables, method):
+    """The instruction, which all prompts share, stays; so does what the answer follows."""
+    examples = examples_of(Esci(), 3)
+    whole = make(Esci(), method=method)
+    prompts, none = whole.fitted(examples)
+    longest = max(map(len, prompts))
+    answer = 5 if method == "generate" else 2
+    assert none == [0, 0, 0]
+    cut = make(Esci(), window=longest - 2 + answer, method=method, too_long="truncate")
+    fitted, lost = cut.fitted(examples)
+    shared = next(i for i in range(longest) if len({p[i] for p in prompts}) > 1)
+    for prompt, found, gone in zip(prompts, fitted, lost, strict=True):
+        assert gone == max(len(prompt) - (longest - 2), 0)
+        assert found == prompt[:shared] + prompt[shared + gone :]
+    assert [p.lost for p in cut.predict(variables, examples)] == lost and any(lost)
+    with pytest.raises(UserError, match="leaves no room"):
+        make(Esci(), window=shared + answer, method=method, too_long="truncate").fitted(examples)

@@ -200,15 +200,34 @@ def test_a_mixture_is_told_task_by_task(make_config, train, tmp_path):
     assert set(read_json(tmp_path / "run.json")["starts"][0]["data"]) == set(config.tasks)
 
 
-def test_inputs_of_validation_that_are_in_train_are_told(make_config, train, tmp_path, capsys):
+@pytest.fixture
+def shop_files(tmp_path):
+    """Function (lines of all splits) -> changes of a config that reads them."""
+
+    def write(lines):
+        folder = tmp_path / "data" / "esci"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(f"{line}\n" for line in lines)
+        for split in ("train", "validation", "test"):
+            (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+        return {
+            "data.source": "local",
+            "data.path": str(tmp_path / "data"),
+            "training.epochs": 1,
+        }
+
+    return write
+
+
+def shop_rows():
+    return [dict(row.values) for row in SyntheticSource(0, Sizes(6, 6, 6)).rows("esci", "train")]
+
+
+def test_inputs_of_validation_that_are_in_train_are_told(
+    make_config, train, tmp_path, shop_files, capsys
+):
     """The same file as both splits: a warning with counts, or an error where one is asked for."""
-    task = SyntheticSource(0, Sizes(6, 6, 6))
-    folder = tmp_path / "data" / "esci"
-    folder.mkdir(parents=True)
-    lines = "".join(json.dumps(row.values) + "\n" for row in task.rows("esci", "train"))
-    for split in ("train", "validation", "test"):
-        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-    changes = {"data.source": "local", "data.path": str(tmp_path / "data"), "training.epochs": 1}
+    changes = shop_files(map(json.dumps, shop_rows()))
     train(make_config("finetune", changes=changes), tmp_path / "run")
     assert "6 of 6 inputs of validation are also in train" in capsys.readouterr().err
     strict = make_config("finetune", changes=changes | {"data.on_overlap": "raise"})
@@ -216,18 +235,47 @@ def test_inputs_of_validation_that_are_in_train_are_told(make_config, train, tmp
         train(strict, tmp_path / "strict")
 
 
-def test_changed_data_are_read_again(make_config, train, tmp_path):
+def test_bad_rows_are_refused_or_dropped_and_counted(
+    make_config, train, tmp_path, shop_files, capsys
+):
+    rows = shop_rows()
+    rows[1]["esci_label"] = "X"
+    del rows[2]["query"]
+    changes = shop_files([*map(json.dumps, rows), "{not JSON", json.dumps(rows[1])])
+    with pytest.raises(UserError, match=r'"X".*esci_label.*:2;'):
+        train(make_config("finetune", changes=changes), tmp_path / "run")
+    config = make_config("finetune", changes=changes | {"data.on_bad_row": "drop"})
+    train(config, tmp_path / "run")
+    found = read_json(tmp_path / "run" / "run.json")["starts"][0]["data"]["esci"]
+    assert (found["train"], found["validation"]) == (4, 4)
+    assert sum(found["train_rows"]["bad"].values()) == 4
+    assert "train.jsonl:2" in found["train_rows"]["first_bad"]
+    assert "4 rows bad" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("policy", ["truncate", "drop"])
+def test_what_becomes_of_long_examples_is_counted(make_config, train, tmp_path, shop_files, policy):
+    rows = shop_rows()
+    rows[0]["product_title"] = "word " * 400
+    changes = shop_files(map(json.dumps, rows)) | {"training.too_long": policy}
+    with pytest.raises(UserError, match=r"leaves no room .* 1024: esci, example 0;"):
+        train(make_config("finetune", changes=changes), tmp_path / "run")
+    changes["evaluation.too_long"] = "truncate"
+    train(make_config("finetune", changes=changes), tmp_path / "run")
+    found = read_json(tmp_path / "run" / "run.json")["starts"][0]["data"]["esci"]
+    kept = policy == "truncate"
+    assert found["train"] == 5 + kept
+    counts = found["train_too_long"]
+    assert (counts["truncated"], counts["dropped"]) == (int(kept), int(not kept))
+    assert counts["tokens_lost"] > 300
+
+
+def test_changed_data_are_read_again(make_config, train, tmp_path, shop_files):
     """What is cached is found by content: a mended label is trained on."""
-    folder = tmp_path / "data" / "esci"
-    folder.mkdir(parents=True)
-    rows = [dict(row.values) for row in SyntheticSource(0, Sizes(6, 6, 6)).rows("esci", "train")]
-    changes = {"data.source": "local", "data.path": str(tmp_path / "data"), "training.epochs": 1}
-    losses = []
+    rows, losses = shop_rows(), []
     for number, label in enumerate(("Exact", "Irrelevant")):
         rows[0]["esci_label"] = label
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        for split in ("train", "validation"):
-            (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+        changes = shop_files(map(json.dumps, rows))
         train(make_config("finetune", changes=changes), tmp_path / str(number))
         told = read_jsonl(tmp_path / str(number) / "metrics.jsonl")
         losses.append([line["train/loss"] for line in told if "train/loss" in line])
