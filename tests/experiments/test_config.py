@@ -6,8 +6,8 @@ from ml_collections import ConfigDict
 from configs import finetune, icl, study
 from ecomjax.adapters.rules import EVERY_LINEAR
 from ecomjax.errors import UserError
-from ecomjax.experiments import config as border
 from ecomjax.experiments.config import AdapterConfig, FinetuneConfig, from_config, to_dict, to_json
+from ecomjax.experiments.conversion import section_of
 
 
 def plain(make=finetune.get_config, arg="esci"):
@@ -133,7 +133,7 @@ def test_a_study_whose_parts_disagree_is_refused(path, value, where):
 
 def test_what_is_no_config_at_all_is_refused():
     with pytest.raises(UserError, match="section of keys"):
-        border._plain(3, "config")
+        section_of(3, "config")
     with pytest.raises(UserError, match="missing key"):
         from_config(ConfigDict())
 
