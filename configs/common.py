@@ -4,53 +4,25 @@ The values suit SmolLM2-135M on a small CPU machine. What the keys mean stands a
 of `ecomjax/experiments/config.py`.
 """
 
+import inspect
+
 from ml_collections import ConfigDict
 
 from configs import models
+from ecomjax.tasks import registry
 
-TASKS = {
-    "esci": {
-        "options": {"description": False, "bullets": False},
-        "max_new_tokens": 8,
-        "batch_size": 16,
-        "validation": 200,
-        "row_length": 512,
-    },
-    "queryner": {
-        "options": {"repair": False},
-        "max_new_tokens": 112,
-        "batch_size": 64,
-        "validation": 64,
-        "row_length": 512,
-    },
-    "review_summarization": {
-        "options": {"target": "verdict", "reviews": 4},
-        "max_new_tokens": 128,
-        "batch_size": 16,
-        "validation": 32,
-        "row_length": 1024,
-    },
-    "description_generation": {
-        "options": {"bullets": True, "locale": "us"},
-        "max_new_tokens": 192,
-        "batch_size": 16,
-        "validation": 32,
-        "row_length": 1024,
-    },
-    "instruction": {
-        "options": {
-            "data": "ecinstruct/product_matching",
-            "score": "label",
-            "labels": ("yes", "no"),
-        },
-        "max_new_tokens": 64,
-        "batch_size": 16,
-        "validation": 64,
-        "row_length": 1024,
-    },
+USUAL = {"max_new_tokens": 64, "batch_size": 16, "validation": 64, "row_length": 1024}
+"""Length of answers, prompts at once, validation examples and length of rows of any task."""
+
+UNUSUAL = {
+    "esci": {"max_new_tokens": 8, "validation": 200, "row_length": 512},
+    "queryner": {"max_new_tokens": 112, "batch_size": 64, "row_length": 512},
+    "review_summarization": {"max_new_tokens": 128, "validation": 32},
+    "description_generation": {"max_new_tokens": 192, "validation": 32},
 }
-"""What differs from task to task: options of its class, length of answers, prompts at once,
-validation examples, length of rows."""
+"""What differs."""
+
+TASKS = {name: USUAL | UNUSUAL.get(name, {}) for name in registry.TASKS}
 
 
 def choose(arg: str, choices, file: str) -> str:
@@ -81,11 +53,16 @@ def parse(arg: str, file: str) -> tuple[list[str], str, bool]:
     return list(dict.fromkeys(names)), model, smoke
 
 
+def options(task: str) -> dict:
+    """What the task's class takes, at its defaults."""
+    return {p.name: p.default for p in inspect.signature(registry.TASKS[task]).parameters.values()}
+
+
 def task(name: str, smoke: bool = False) -> ConfigDict:
     return ConfigDict(
         {
             "name": name,
-            "options": TASKS[name]["options"],
+            "options": options(name),
             "prompt": "chat",
             "method": "auto",
             "max_new_tokens": 16 if smoke else TASKS[name]["max_new_tokens"],

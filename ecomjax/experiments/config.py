@@ -65,7 +65,7 @@ class DataConfig:
     path: str = ""
     """Folder of the source `local`."""
     revision: str = ""
-    """Revision on the Hub; where empty, the one each data set is pinned to."""
+    """Commit, tag or branch on the Hub; where empty, the newest, which run.json names."""
     streaming: bool = False
     """Whether data of the Hub are read row by row into the cache, without their own files."""
     stream_limit: Count = 0

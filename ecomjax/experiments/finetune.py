@@ -15,6 +15,7 @@ from ecomjax.data.encoded import EncodedSet, Joined, Kept, fit_window, shared_pr
 from ecomjax.data.mixture import Mixture, draw_orders
 from ecomjax.data.packing import Plan, make_plan
 from ecomjax.data.pipeline import StepSource, iterate
+from ecomjax.data.sources import HubSource
 from ecomjax.evaluation.predict import Predictor
 from ecomjax.experiments.assembly import (
     Base,
@@ -105,6 +106,7 @@ def _prepare(
 ) -> TaskData:
     """The examples of a task, as they are trained on and evaluated."""
     settings, task_config = config.training, config.tasks[label]
+    source = make_source(config.data)
     encoded, about = load_encoded(label, predictor, task_config, config.data, "train")
     # A model knows no position past its own window, and would not say so.
     window = min(settings.row_length, predictor.window)
@@ -127,8 +129,10 @@ def _prepare(
         "validation_inputs_also_in_train": check_overlap(
             config.data, label, "validation", encoded_validation.keys, encoded.keys
         ),
-        "train_sha256": make_source(config.data).fingerprint(predictor.task.data, "train"),
+        "train_sha256": source.fingerprint(predictor.task.data, "train"),
     }
+    if isinstance(source, HubSource):
+        facts["commit"] = source.commit(predictor.task.data)
     return TaskData(predictor, kept.sequences, chosen, held_out.sequences, facts)
 
 
