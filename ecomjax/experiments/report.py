@@ -107,9 +107,9 @@ def _shots(found: TaskScores) -> str:
 
 
 def _details(found: TaskScores) -> str:
-    """Every metric of every system."""
-    metrics = list(found.systems[0].metrics)
-    rows = [[m, *(_show(row.metrics[m]) for row in found.systems)] for m in metrics]
+    """Every metric of every system; floors have none of those that need label scores."""
+    metrics = dict.fromkeys(metric for row in found.systems for metric in row.metrics)
+    rows = [[m, *(_show(row.metrics.get(m)) for row in found.systems)] for m in metrics]
     return _markdown(["metric", *(row.system for row in found.systems)], rows)
 
 
@@ -121,7 +121,9 @@ def _notes(found: TaskScores) -> str:
     )
 
 
-def _show(score: Score) -> str:
+def _show(score: Score | None) -> str:
+    if score is None:
+        return ""
     return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
 
 

@@ -62,6 +62,7 @@ def test_an_adapter_is_scored_on_the_split_and_the_records_tell_the_score(config
     examples = load_examples(TASK, config.data, "test")
     assert [record["id"] for record in records] == [example.id for example in examples]
     assert result["n"] == len(examples) == 12
+    assert (result["inputs_also_in_train"], result["truncated"]) == (0, 0)
     for record in records:
         assert record["prediction"] == max(record["scores"], key=lambda k: record["scores"][k])
     again = score(TASK, predictions_of_records(records), examples, 50, 0)

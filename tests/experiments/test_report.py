@@ -26,7 +26,9 @@ def scores():
         systems=(
             SystemScores("majority class", metrics(0.1), 50, None, ""),
             SystemScores("3-shot", metrics(0.4), 48, True, "runs/esci-few-shot"),
-            SystemScores("LoRA", metrics(0.6), 50, True, "runs/esci-lora"),
+            SystemScores(
+                "LoRA", metrics(0.6) | {"ndcg": Score(0.9, 0.8, 1, 9)}, 50, True, "runs/esci-lora"
+            ),
         ),
         difference={"macro_f1": (0.2, 0.1, 0.3, 0.001)},
         shared=148,
@@ -114,5 +116,7 @@ def test_the_report_holds_table_shots_overlap_config_and_origin(make_config, sco
     for told in ("ab" * 32, "jax 0.10.2", "run R1", "20250101T000000Z", "--workdir=w", "2 CPUs"):
         assert told in text
     assert "100 training examples; 7 test inputs are also in train" in text
+    (ranked,) = [line for line in text.splitlines() if line.startswith("| ndcg ")]
+    assert [cell.strip() for cell in ranked.split("|")[2:-1]] == ["", "", "0.900 [0.800, 1.000]"]
     assert "LoRA: `runs/esci-lora`" in text and '"experiment": "study"' in text
     assert "earlier" not in text
