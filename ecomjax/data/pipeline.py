@@ -70,4 +70,6 @@ def iterate(
     import grain
 
     source: Any = StepSource(plan, sequences, rows, host, hosts)
-    return iter(grain.MapDataset.source(source).to_iter_dataset())
+    # Few batches ahead: they are made faster than used, and hundreds would fill the memory.
+    ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+    return iter(grain.MapDataset.source(source).to_iter_dataset(ahead))

@@ -125,14 +125,16 @@ def load_encoded(
     They are tokenized once and kept in the cache, by all that they depend on.
     """
     task, source = predictor.task, make_source(config)
-    code = [inspect.getsourcefile(type(task)), *Path(prompts.__file__).parent.glob("*.py")]
+    # A prompt is what its code says: a change there is another text.
+    code = {*Path(prompts.__file__).parent.glob("*.py")}
+    code |= {Path(str(inspect.getsourcefile(kind))) for kind in (type(task), Predictor)}
     depends = [
         source.fingerprint(task.data, split),
         json.dumps([split, dataclasses.asdict(task_config)], sort_keys=True),
         json.dumps([getattr(config, f"{split}_size"), config.seed, config.draw]),
         config.on_bad_row,
         predictor.tokenizer.fingerprint,
-        sha256_of(sorted({Path(str(file)) for file in code})),
+        sha256_of(code),
     ]
 
     def make(folder: Path) -> None:

@@ -1,10 +1,12 @@
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from ecomjax.data.encoded import Encoded, EncodedSet, Joined
+from ecomjax.data.encoded import Encoded, EncodedSet, Joined, write_set
 from ecomjax.data.mixture import Mixture, draw_orders
 from ecomjax.data.packing import assemble, make_plan
 from ecomjax.data.pipeline import StepSource, iterate
@@ -92,3 +94,51 @@ def test_a_restored_iterator_goes_on_where_it_stood(plan, sequences, taken):
     assert len(restored) == len(expected) == len(plan) - taken
     for left, right in zip(restored, expected, strict=True):
         assert_same(left, right)
+
+
+WALK = """
+import sys
+from pathlib import Path
+from ecomjax.data.encoded import Joined, read_set, shared_prefix
+from ecomjax.data.mixture import Mixture, draw_orders
+from ecomjax.data.packing import make_plan
+from ecomjax.data.pipeline import iterate
+
+def anonymous():
+    (line,) = [x for x in open("/proc/self/status") if x.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
+
+def batches():
+    joined = Joined([read_set(Path(sys.argv[1]))[0]])
+    plan = make_plan(
+        joined.lengths,
+        draw_orders([len(joined)], Mixture(), 0, 1),
+        prefixes=[shared_prefix(joined.sets[0])],
+        packing="shared_prefix",
+        row_length=2048,
+        batch_size=128,
+    )
+    return iterate(plan, joined, plan.rows)
+
+next(batches())
+before, most, examples = anonymous(), 0, 0
+for batch in batches():
+    examples += int(batch.segment_ids.max(axis=-1).sum())
+    most = max(most, anonymous())
+print(examples, most - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_shuffled_epoch_is_walked_in_little_memory(tmp_path):
+    """Of 400 MB of tokens, no more is held than a few numbers of each example."""
+    examples, starts = 200_000, [tuple(range(i, 500)) for i in range(9)]
+    write_set(tmp_path, (Encoded(str(i), starts[i % 9], 400) for i in range(examples)), {})
+    assert (tmp_path / "tokens").stat().st_size > 390e6
+    done = subprocess.run(
+        [sys.executable, "-c", WALK, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    walked, grown = map(int, done.stdout.split())
+    assert walked == examples
+    assert grown < 150e6
