@@ -53,6 +53,7 @@ class TaskData:
     Attributes:
         predictor: the way the model is asked.
         train: the training examples that fit a row.
+        prefix: tokens that all of them open with.
         validation: examples that metrics are of.
         held_out: those of them that fit a row, which the loss is of.
         facts: what is recorded of the data.
@@ -60,6 +61,7 @@ class TaskData:
 
     predictor: Predictor
     train: EncodedSet
+    prefix: int
     validation: list[Example]
     held_out: EncodedSet
     facts: dict[str, Any]
@@ -87,7 +89,7 @@ def run(config: FinetuneConfig, workdir: str) -> None:
             for label, task in tasks.items()
         }
         train = Joined([found.train for found in data.values()])
-        plan = _plan(train, config)
+        plan = _plan(train, [found.prefix for found in data.values()], config)
         folder.record_start(
             base=base.identity,
             seed=config.training.seed,
@@ -115,9 +117,9 @@ def _prepare(
     predictor.fitted(chosen)  # What cannot be asked is told now, and not after an epoch.
     encoded_validation = EncodedSet.of(predictor.encode(chosen))
     held_out = fit_window(encoded_validation, window, settings.too_long, f"{label} validation")
-    prefix = shared_prefix(kept.sequences) if settings.packing == "shared_prefix" else 0
+    prefix = shared_prefix(kept.sequences)
     say(f"{label}: {about['told']}")
-    say(f"{label}: {_told(kept)}, window of {window} tokens, {prefix} of them shared")
+    say(f"{label}: {_told(kept)}, window of {window} tokens, {prefix} of them in common")
     if held_out.dropped or held_out.truncated:
         say(f"{label} validation loss: {_told(held_out)}")
     facts = {
@@ -133,7 +135,7 @@ def _prepare(
     }
     if isinstance(source, HubSource):
         facts["commit"] = source.commit(predictor.task.data)
-    return TaskData(predictor, kept.sequences, chosen, held_out.sequences, facts)
+    return TaskData(predictor, kept.sequences, prefix, chosen, held_out.sequences, facts)
 
 
 def _told(kept: Kept) -> str:
@@ -157,13 +159,13 @@ def _counts(kept: Kept) -> dict[str, Any]:
     }
 
 
-def _plan(train: Joined, config: FinetuneConfig) -> Plan:
+def _plan(train: Joined, prefixes: list[int], config: FinetuneConfig) -> Plan:
     settings = config.training
     mixture = _mixture(config.mixture, list(config.tasks))
     return make_plan(
         train.lengths,
         draw_orders([len(s) for s in train.sets], mixture, settings.seed, settings.epochs),
-        prefixes=[shared_prefix(sequences) for sequences in train.sets],
+        prefixes=prefixes,
         packing=settings.packing,
         row_length=settings.row_length,
         batch_size=settings.batch_size,
