@@ -48,10 +48,11 @@ def run(config: FinetuneConfig | IclConfig, workdir: str) -> None:
     if isinstance(config, FinetuneConfig):
         if not folder.adapter.is_dir():
             raise UserError("no adapter", str(folder.adapter), "train first, with launch.train")
-        with folder.writing(config, ignore=("evaluation",)):
+        with folder.writing(config, ignore=("evaluation", "data.cache")):
             _adapter(config, folder)
     else:
-        with folder.writing(config, ignore=("evaluation.split",)):
+        ignored = ("evaluation.split", "evaluation.batch_size", "data.cache")
+        with folder.writing(config, ignore=ignored):
             _fewshot(config, folder)
 
 
@@ -84,24 +85,16 @@ def _fewshot(config: IclConfig, folder: Workdir) -> None:
     folder.record_start(base=base.identity, seed=config.fewshot.seed, data={"train": len(train)})
     shots = sorted(set(config.fewshot.shots))
     shown = fixed_demonstrations(train, shots[-1], config.fewshot.seed)
-    variables = {"params": base.params}
+
+    def scored(examples: Sequence[Example], k: int, split: str) -> dict[str, Any]:
+        where = folder, f"{split}-{k}-shot"
+        variables = {"params": base.params}
+        return _scored(asked, config.evaluation, base, variables, examples, shown[:k], *where)
 
     validation = load_examples(task, config.data, "validation")
     validation = choose(validation, config.fewshot.select_examples, config.fewshot.seed)
     clean = without_leaks(task, validation, shown)
-    found = {
-        k: _scored(
-            asked,
-            config.evaluation,
-            base,
-            variables,
-            clean,
-            shown[:k],
-            folder,
-            f"validation-{k}-shot",
-        )
-        for k in shots
-    }
+    found = {k: scored(clean, k, "validation") for k in shots}
     best = max(shots, key=lambda k: found[k]["metrics"][task.headline]["value"])
     say(f"{task.name}: {best} demonstrations are best on {len(clean)} validation examples")
 
@@ -109,16 +102,7 @@ def _fewshot(config: IclConfig, folder: Workdir) -> None:
     examples = load_examples(task, config.data, split)
     clean = without_leaks(task, examples, shown)
     for k in sorted({0, best} & {*shots, best}):
-        _scored(
-            asked,
-            config.evaluation,
-            base,
-            variables,
-            clean,
-            shown[:k],
-            folder,
-            f"{split}-{k}-shot",
-        )
+        scored(clean, k, split)
     write_json(
         folder.path / "eval" / task.name / "shots.json",
         {
