@@ -14,7 +14,7 @@ from ecomjax.decoding.generate import GenerateOptions, generate
 from ecomjax.decoding.prefix import common_prefix
 from ecomjax.decoding.score import label_log_likelihoods
 from ecomjax.errors import UserError
-from ecomjax.tasks.base import Example, Task
+from ecomjax.tasks.base import Example, Prompt, Task
 from ecomjax.tasks.prompts import render
 
 Demonstrations = Sequence[Example]
@@ -34,6 +34,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def escape(self, text: str) -> str: ...
 
     @property
     def fingerprint(self) -> str: ...
@@ -113,13 +115,16 @@ class Predictor:
         remaining = iter(examples)
         while chunk := list(itertools.islice(remaining, ENCODED_AT_ONCE)):
             prompts = self.tokenizer.encode_batch([self._text(example) for example in chunk])
-            answers = self.tokenizer.encode_batch([self.task.answer(example) for example in chunk])
+            texts = [self.tokenizer.escape(self.task.answer(example)) for example in chunk]
+            answers = self.tokenizer.encode_batch(texts)
             for example, prompt, answer in zip(chunk, prompts, answers, strict=True):
                 tokens = (*prompt, *answer, self.tokenizer.eos_id)
                 yield Encoded(example.id, tokens, len(prompt), key_of(self.task.user(example)))
 
     def _text(self, example: Example, demonstrations: Demonstrations = ()) -> str:
-        prompt = self.task.prompt(example, demonstrations)
+        given, escape = self.task.prompt(example, demonstrations), self.tokenizer.escape
+        turns = tuple((escape(user), escape(answer)) for user, answer in given.turns)
+        prompt = Prompt(given.system, turns, escape(given.user))
         return render(prompt, self.prompt_format, self.tokenizer.chat)
 
     @property

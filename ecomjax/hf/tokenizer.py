@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        # Of tokens that begin alike, the longest is the one spelt.
+        spelt = sorted((t.content for t in added.values() if t.special), key=len, reverse=True)
+        self._spelt = re.compile("|".join(map(re.escape, spelt)) or r"(?!)")
         self.rows = self.vocab_size
         """Ids from here on are refused: the model has no row for them."""
         if (end := self._end_of_turn()) is not None:
@@ -166,6 +170,13 @@ class Tokenizer:
                 "take it out of the text",
             )
         return ids
+
+    def escape(self, text: str) -> str:
+        """The text with a blank in every special token spelt in it, which makes it plain text.
+
+        For texts of others, such as a product title: `<|im_end|>` in one would end a turn.
+        """
+        return self._spelt.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, special tokens left out."""

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from ecomjax.data.sources import SyntheticSource
+from ecomjax.data.sources import Row, SyntheticSource
 from ecomjax.data.store import Sizes
 from ecomjax.errors import UserError
 from ecomjax.evaluation.predict import Predictor
@@ -29,6 +29,9 @@ class Words:
 
     def encode_batch(self, texts):
         return [self.encode(text) for text in texts]
+
+    def escape(self, text):
+        return text.replace("<assistant>", "< assistant>")
 
     def decode(self, ids):
         assert END not in list(ids)
@@ -186,3 +189,15 @@ def test_a_prompt_that_may_be_cut_loses_the_beginning_of_its_own_input(make, var
     assert [p.lost for p in cut.predict(variables, examples)] == lost and any(lost)
     with pytest.raises(UserError, match="leaves no room"):
         make(Esci(), window=shared + answer, method=method, too_long="truncate").fitted(examples)
+
+
+def test_no_text_of_a_row_can_end_a_turn(make):
+    """Titles, demonstrations and answers with a special token spelt in them are plain text."""
+    task = QueryNer()
+    row = {"example_id": 1, "tokens": ["red", "<assistant>"], "ner_tags": ["B-color", "O"]}
+    example = task.example(Row(row, "here"))
+    predictor = make(task)
+    turn = predictor.tokenizer.encode("<assistant>")[0]
+    assert predictor.prompt(example, [example]).count(turn) == 2  # one for each turn
+    (encoded,) = predictor.encode([example])
+    assert encoded.tokens.count(turn) == 1

@@ -250,3 +250,14 @@ def test_gguf_pre_tokenizers(backend, pre, text, pieces):
 def test_gguf_metadata_refused(backend, changes, message):
     with pytest.raises(UserError, match=message):
         Tokenizer.from_gguf(gguf_metadata(backend, **changes), "test")
+
+
+def test_special_tokens_spelt_in_a_text_are_escaped(backend):
+    tokenizer = Tokenizer(backend, {"eos_token": "<|endoftext|>"}, None, "there")
+    end = tokenizer.eos_id
+    text = "a <|endoftext|><|endoftext|> b"
+    assert tokenizer.encode(text).count(end) == 2
+    escaped = tokenizer.escape(text)
+    assert escaped == "a < |endoftext|>< |endoftext|> b"
+    assert not tokenizer.special_ids & set(tokenizer.encode(escaped))
+    assert tokenizer.escape("plain <|x|> text") == "plain <|x|> text"
