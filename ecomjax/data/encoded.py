@@ -117,9 +117,7 @@ class EncodedSet(Sequence[Encoded]):
         tokens = self.flat[start:end].tolist()
         del tokens[self.head : self.head + cut]
         name: Any = self.ids[index]
-        return Encoded(
-            name, tuple(tokens), int(self.prompts[index]) - cut, int(self.keys[index])
-        )
+        return Encoded(name, tuple(tokens), int(self.prompts[index]) - cut, int(self.keys[index]))
 
 
 @dataclasses.dataclass(frozen=True)
