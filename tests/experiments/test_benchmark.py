@@ -1,5 +1,7 @@
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -52,6 +54,13 @@ def test_parity_sees_a_difference(make_config, sequences, monkeypatch):
     assert benchmark.parity(base, few)["loss_difference"] > benchmark.LOSS_TOLERANCE
     with pytest.raises(UserError, match="packed and padded training differ"):
         benchmark._parity(base, "queryner", few)
+
+
+def test_parity_does_not_pass_without_numbers(make_config, sequences):
+    base = load_base(make_config("finetune").model)
+    nowhere = jax.tree.map(lambda x: np.full_like(x, np.nan), base.params)
+    with pytest.raises(UserError, match="packed and padded training differ by nan in loss"):
+        benchmark._parity(dataclasses.replace(base, params=nowhere), "queryner", sequences[:3])
 
 
 def test_what_is_printed_as_json_has_what_is_compared():
