@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Appends a line of JSON for each step told, and the same numbers to TensorBoard."""
+    """Appends a line of JSON for each step told, and its finite numbers to TensorBoard."""
 
     def __init__(self, file: str | Path, tensorboard: str | Path | None = None):
         """Opens the file behind what it already holds.
@@ -36,14 +36,14 @@ class MetricsWriter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds the numbers of a step, which are on disk afterwards; NaN and inf become null."""
-        numbers = {name: float(value) for name, value in values.items()}
-        told = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        told = {name: float(x) if math.isfinite(x) else None for name, x in values.items()}
         self._lines.write(json.dumps({"step": step} | told) + "\n")
         self._lines.flush()
         if self.tensorboard is not None:
             events = self._open_events(self.tensorboard)
-            for name, number in numbers.items():
-                events.add_scalar(name, number, step)
+            for name, number in told.items():
+                if number is not None:  # tensorboardX would warn of each
+                    events.add_scalar(name, number, step)
 
     def cut_back(self, step: int) -> None:
         """Drops what was told beyond the step that training resumes from."""

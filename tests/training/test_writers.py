@@ -75,7 +75,7 @@ def test_numbers_reach_tensorboard(tmp_path):
     folder = tmp_path / "tensorboard"
     with MetricsWriter(tmp_path / "metrics.jsonl", folder) as writer:
         writer.cut_back(4)
-        writer.write(5, {"loss": 0.25})
+        writer.write(5, {"loss": 0.25, "loss/absent": math.nan})
     (file,) = folder.iterdir()
     events = [Event.FromString(raw) for raw in framed(file.read_bytes())]
     values = [(v.tag, v.simple_value, e.step) for e in events for v in e.summary.value]
