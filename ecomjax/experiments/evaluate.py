@@ -34,7 +34,7 @@ from ecomjax.experiments.config import (
     TaskConfig,
     to_dict,
 )
-from ecomjax.experiments.files import read_json, read_jsonl, write_json, write_jsonl
+from ecomjax.experiments.files import jsonable, read_json, read_jsonl, write_json, write_jsonl
 from ecomjax.experiments.workdir import Workdir
 from ecomjax.hf.files import sha256_of
 from ecomjax.hf.peft import read_adapter
@@ -137,7 +137,8 @@ def _scored(
     """The scores called `name`, read if they are there and else computed and written.
 
     Raises:
-        UserError: they are there, of other settings or of other predictions than lie beside.
+        UserError: they are there, of other settings, other predictions than lie beside or other
+            examples.
     """
     label, task = asked.label, asked.task
     path, kept = folder.scores(label, name), folder.predictions(label, name)
@@ -152,6 +153,7 @@ def _scored(
                 "use the old settings, or delete the file and its predictions to score again",
             )
         check_predictions(result, kept)
+        _check_examples(examples, kept)
         say(_told(asked, name, result))
         return result
     predictor = make_predictor(base, task, asked.config, settings)
@@ -184,6 +186,17 @@ def check_predictions(result: Mapping[str, Any], predictions: Path) -> None:
             "predictions are not those that were scored",
             str(predictions),
             "delete them and the metrics beside them to score again",
+        )
+
+
+def _check_examples(examples: Sequence[Example], predictions: Path) -> None:
+    """UserError unless the predictions are of these examples, in their order."""
+    scored = [(kept["id"], kept["inputs"], kept["target"]) for kept in read_jsonl(predictions)]
+    if scored != [(e.id, jsonable(e.inputs), jsonable(e.target)) for e in examples]:
+        raise UserError(
+            "the data are not those that were scored",
+            str(predictions),
+            "use the old data, or delete the file and the metrics beside it to score again",
         )
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from unittest import mock
 
@@ -118,6 +119,16 @@ def test_predictions_of_another_run_do_not_pass_for_those_that_were_scored(
     finally:
         kept.write_bytes(before)
     evaluate.run(config, str(adapted))
+
+
+def test_other_data_do_not_pass_for_those_that_were_scored(config, adapted, monkeypatch):
+    changed = load_examples(TASK, config.data, "test")
+    other = "Exact" if changed[0].target != "Exact" else "Irrelevant"
+    changed[0] = dataclasses.replace(changed[0], target=other)
+    for examples in (changed, changed[1:]):
+        monkeypatch.setattr(evaluate, "load_examples", lambda *_, found=examples: found)
+        with pytest.raises(UserError, match=r"the data are not those .* scored: .*predictions"):
+            evaluate.run(config, str(adapted))
 
 
 def test_another_batch_size_is_no_other_setting(make_config, adapted, contents):
