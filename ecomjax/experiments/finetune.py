@@ -12,10 +12,11 @@ import numpy as np
 from ecomjax.adapters import lora
 from ecomjax.adapters.rules import LoraRule
 from ecomjax.data.encoded import EncodedSet, Joined, Kept, fit_window, shared_prefix
-from ecomjax.data.mixture import Mixture, draw_orders
+from ecomjax.data.mixture import Mixture, draw_orders, shares
 from ecomjax.data.packing import Plan, make_plan
 from ecomjax.data.pipeline import StepSource, iterate
 from ecomjax.data.sources import HubSource
+from ecomjax.errors import UserError
 from ecomjax.evaluation.predict import Predictor
 from ecomjax.experiments.assembly import (
     Base,
@@ -30,6 +31,7 @@ from ecomjax.experiments.assembly import (
     say,
 )
 from ecomjax.experiments.config import FinetuneConfig, MixtureConfig
+from ecomjax.experiments.files import read_json
 from ecomjax.experiments.workdir import Workdir
 from ecomjax.hf.peft import write_adapter
 from ecomjax.tasks.base import Example
@@ -74,7 +76,8 @@ def run(config: FinetuneConfig, workdir: str) -> None:
     """
     with Workdir(workdir).writing(config, ignore=SCORING_ONLY) as folder:
         tasks = make_tasks(config.tasks)
-        # Mistakes in the data are told before a model is loaded.
+        # Mistakes in the mixture and the data are told before a model is loaded.
+        shares([1] * len(tasks), _mixture(config.mixture, list(tasks)))
         validation = {
             label: load_examples(task, config.data, "validation") for label, task in tasks.items()
         }
@@ -90,11 +93,9 @@ def run(config: FinetuneConfig, workdir: str) -> None:
         }
         train = Joined([found.train for found in data.values()])
         plan = _plan(train, [found.prefix for found in data.values()], config)
-        folder.record_start(
-            base=base.identity,
-            seed=config.training.seed,
-            data={label: found.facts for label, found in data.items()},
-        )
+        facts = {label: found.facts for label, found in data.items()}
+        _check_unchanged(facts, folder)
+        folder.record_start(base=base.identity, seed=config.training.seed, data=facts)
         say(
             f"{len(plan)} steps of {config.training.batch_size} examples in rows of "
             f"{plan.row_length} tokens"
@@ -136,6 +137,20 @@ def _prepare(
     if isinstance(source, HubSource):
         facts["commit"] = source.commit(predictor.task.data)
     return TaskData(predictor, kept.sequences, prefix, chosen, held_out.sequences, facts)
+
+
+def _check_unchanged(facts: Mapping[str, Any], folder: Workdir) -> None:
+    """UserError where a run would go on with other training data than it began with."""
+    if Checkpoints(folder.checkpoints).latest() is None or not folder.run.exists():
+        return
+    began = read_json(folder.run)["starts"][-1]["data"]
+    for label, found in facts.items():
+        if began[label]["train_sha256"] != found["train_sha256"]:
+            raise UserError(
+                "training data have changed since the run began",
+                f"{folder.path}, task {label}",
+                "use the old data, or another --workdir",
+            )
 
 
 def _told(kept: Kept) -> str:

@@ -280,3 +280,20 @@ def test_changed_data_are_read_again(make_config, train, tmp_path, shop_files):
         told = read_jsonl(tmp_path / str(number) / "metrics.jsonl")
         losses.append([line["train/loss"] for line in told if "train/loss" in line])
     assert losses[0] != losses[1]
+
+
+def test_a_run_does_not_go_on_with_other_data(make_config, train, tmp_path, shop_files, contents):
+    rows = shop_rows()
+    config = make_config("finetune", changes=shop_files(map(json.dumps, rows)))
+    train(config, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    shop_files(map(json.dumps, rows[1:]))
+    with pytest.raises(UserError, match=r"training data have changed .* began: .*esci"):
+        train(config, tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_bad_mixture_is_told_before_a_model_is_loaded(make_config, tmp_path):
+    changes = {"mixture.policy": "temperature", "mixture.temperature": 0.0, "model.path": "nowhere"}
+    with pytest.raises(UserError, match=r"config\.mixture\.temperature"):
+        finetune.run(make_config("finetune", "esci+queryner", changes), str(tmp_path / "run"))
