@@ -42,7 +42,7 @@ class Instruction(Task):
     name = "instruction"
     system = prompts.PERSONA
 
-    def __init__(self, data: str = "instruction", score: str = "rouge", labels: Sequence[str] = ()):
+    def __init__(self, data: str = "instruction", score: str = "rouge", labels: Sequence[Any] = ()):
         where = "task instruction"
         if not all(re.fullmatch(r"\w[\w.-]*", part) for part in data.split("/")):
             raise UserError(f"bad data name {data!r}", where, "name a folder as a/b")
@@ -167,11 +167,13 @@ class _Labels(_Answers):
 
     headline = "macro_f1"
 
-    def __init__(self, labels: tuple[str, ...]):
+    def __init__(self, labels: tuple[Any, ...]):
         self.labels = labels
+        texts = all(isinstance(label, str) and label.strip() for label in labels)
+        if not texts or len(set(labels)) < len(labels):
+            remedy = "give texts, none blank, none twice"
+            raise UserError(f"bad labels {labels}", "task instruction", remedy)
         self.wanted = f"must be one of {', '.join(labels)}"
-        if not all(label.strip() for label in labels) or len(set(labels)) < len(labels):
-            raise UserError(f"bad labels {labels}", "task instruction", "none blank, none twice")
         # The longest first: one label may begin another.
         self.ordered = sorted(labels, key=len, reverse=True)
         choice = "|".join(f"({re.escape(label)})" for label in self.ordered)

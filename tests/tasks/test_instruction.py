@@ -163,6 +163,7 @@ def test_bad_rows(task, changes, message):
         ({"labels": ("a",)}, "1 labels for the score rouge"),
         ({"score": "label", "labels": ("a", "a")}, "none blank, none twice"),
         ({"score": "label", "labels": ("a", " ")}, "none blank, none twice"),
+        ({"score": "label", "labels": (1, 0)}, "give texts, none blank, none twice"),
         ({"data": "../secrets"}, "bad data name '../secrets'"),
         ({"data": ""}, "bad data name ''"),
         ({"data": "a//b"}, "bad data name 'a//b'"),
