@@ -32,6 +32,12 @@ class SyntheticSource:
 
     def rows(self, name: str, split: str) -> Rows:
         check_split(split, SPLITS, self.name)
+        if name not in store.TASKS:
+            raise UserError(
+                f"the synthetic shop has no {name!r}",
+                "config.data.source",
+                f"it has {', '.join(store.TASKS)}; use local with config.data.path, or hub",
+            )
         values = store.rows(name, split, self.seed, getattr(self.sizes, split))
         if not values:
             raise UserError("split of size 0", f"synthetic {split}", "ask for at least one row")

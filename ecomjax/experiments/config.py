@@ -289,8 +289,20 @@ def _check_tasks(finetune: FinetuneConfig) -> None:
             )
     if not finetune.tasks:
         raise UserError("no tasks", "config.tasks", "name one or more")
-    weighed = finetune.mixture.weights
-    if finetune.mixture.policy == "weights" and set(weighed) != set(finetune.tasks):
+    mixture, weighed = finetune.mixture, finetune.mixture.weights
+    unused = {
+        "temperature": mixture.temperature != 1.0 and mixture.policy != "temperature",
+        "weights": len(set(weighed.values())) > 1 and mixture.policy != "weights",
+        "examples": mixture.examples and mixture.policy == "concatenate",
+    }
+    for key, given in unused.items():
+        if given:
+            raise UserError(
+                f"policy {mixture.policy!r} does not use it",
+                f"config.mixture.{key}",
+                "set config.mixture.policy too",
+            )
+    if mixture.policy == "weights" and set(weighed) != set(finetune.tasks):
         raise UserError(
             f"weights for {sorted(weighed)}",
             "config.mixture.weights",

@@ -143,14 +143,17 @@ def _scored(
     label, task = asked.label, asked.task
     path, kept = folder.scores(label, name), folder.predictions(label, name)
     wanted = to_dict(settings) | to_dict(asked.config) | {"split": name}
+    texts = [(e.id, task.user(e) + task.answer(e)) for e in demonstrations]
+    shown = {id: f"{key_of(text):016x}" for id, text in texts}
+    wanted |= {"base": base.identity.sha256, "demonstrations": shown}
     del wanted["batch_size"]  # no score depends on it
     if path.exists():
         result = read_json(path)
         if result["evaluation"] != wanted:
             raise UserError(
-                "scored before with other settings of evaluation",
+                "scored before with other settings of evaluation, base or demonstrations",
                 str(path),
-                "use the old settings, or delete the file and its predictions to score again",
+                "use the old ones, or delete the file and its predictions to score again",
             )
         check_predictions(result, kept)
         _check_examples(examples, kept)

@@ -162,6 +162,9 @@ def test_several_tasks_are_a_mixture():
         ("tasks", {"../x": {"name": "esci"}}, "'../x': config.tasks"),
         ("mixture", {"policy": "weights"}, r"weights for \[\]: config.mixture.weights"),
         ("mixture.policy", "random", "config.mixture.policy"),
+        ("mixture.temperature", 2.0, "'concatenate' does not use it: config.mixture.temperature"),
+        ("mixture.weights", {"a": 1.0, "b": 2.0}, "does not use it: config.mixture.weights"),
+        ("mixture.examples", 9, "does not use it: config.mixture.examples"),
         ("tasks.esci.options", 3, "config.tasks.esci.options"),
     ],
 )

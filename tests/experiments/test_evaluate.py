@@ -230,6 +230,21 @@ def leaky_data(tmp_path):
     return folder.parent
 
 
+def test_scores_after_other_demonstrations_do_not_pass_for_those_asked(
+    make_config, asked, leaky_data, tmp_path
+):
+    """A mended demonstration is another one, even under the same id."""
+    local = {"data.source": "local", "data.path": str(leaky_data), "fewshot.shots": (0, 4)}
+    asked(lambda example, shown: example.target)
+    evaluate.run(make_config("icl", changes=local), str(tmp_path / "run"))
+    path = leaky_data / "esci" / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows[3]["product_brand"] = "Another"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(UserError, match=r"or demonstrations: .*validation-4-shot\.metrics"):
+        evaluate.run(make_config("icl", changes=local), str(tmp_path / "run"))
+
+
 def test_no_example_is_scored_that_a_demonstration_shows(make_config, asked, leaky_data, tmp_path):
     local = {"data.source": "local", "data.path": str(leaky_data), "fewshot.shots": (0, 4)}
     requests = asked(lambda example, shown: example.target)
