@@ -105,7 +105,7 @@ METHODS = {
 
 Where other packages differ, `Options` names it: PEFT's `ties_svd` is "ties" with
 `elect="unweighted"` and `normalise="count"`, its `dare_ties_svd` likewise. mergekit's `ties` is
-as here, its `dare_ties` has `normalise="none"`, and it rescales by "l1" in newer versions.
+as here, its `dare_ties` has `normalise="none"`, and its newer versions can rescale by "l1".
 """
 
 
