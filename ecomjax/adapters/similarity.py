@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
 from jaxtyping import Float
 
 from ecomjax import trees
@@ -90,6 +89,8 @@ def principal_angles(
     cos θ are the singular values of x^T y for orthonormal x and y; small angles come from their
     sines, which is exact (Björck and Golub 1973; Knyazev and Argentati 2002).
     """
+    import scipy.linalg
+
     if not (x.shape[1] and y.shape[1]):
         return np.zeros(0)
     angles = scipy.linalg.subspace_angles(x.astype(np.float64), y.astype(np.float64))
