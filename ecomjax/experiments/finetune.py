@@ -97,7 +97,7 @@ def run(config: FinetuneConfig, workdir: str) -> None:
         _check_unchanged(facts, folder)
         folder.record_start(base=base.identity, seed=config.training.seed, data=facts)
         say(
-            f"{len(plan)} steps of {config.training.batch_size} examples in rows of "
+            f"{'+'.join(data)}: {len(plan)} steps of {config.training.batch_size} examples in rows of "
             f"{plan.row_length} tokens"
         )
         best = _train(config, base, data, train, plan, folder)
@@ -278,6 +278,6 @@ def _train(
             writer,
             options,
         )
-    say(f"best at step {selection.step} of {steps}")
+    say(f"{'+'.join(data)}: best at step {selection.step} of {steps}")
     best: Any = checkpoints.restore_best(jax.eval_shape(lambda t: t, trained))[0]
     return lora.join(best, fixed)

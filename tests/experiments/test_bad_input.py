@@ -187,6 +187,11 @@ def test_a_mistake_does_not_free_a_folder_that_holds_work(make_config, tmp_path)
         pass
 
 
+def named(key, task):
+    """The key of a config of one task; in process, `task.` stands for any."""
+    return key.replace("task.", f"tasks.{task}.") if key.startswith("task.") else key
+
+
 @pytest.mark.slow
 def test_the_command_ends_with_status_2_and_the_same_line(mistake, tiny_base, tmp_path):
     changes, told = mistake
@@ -199,7 +204,7 @@ def test_the_command_ends_with_status_2_and_the_same_line(mistake, tiny_base, tm
             "launch.train",
             f"--config=configs/finetune.py:{task},smoke",
             f"--workdir={tmp_path / 'run'}",
-            *(f"--config.{key}={value}" for key, value in flags.items()),
+            *(f"--config.{named(key, task)}={value}" for key, value in flags.items()),
         ],
         cwd=ROOT,
         capture_output=True,
