@@ -97,8 +97,8 @@ def run(config: FinetuneConfig, workdir: str) -> None:
         _check_unchanged(facts, folder)
         folder.record_start(base=base.identity, seed=config.training.seed, data=facts)
         say(
-            f"{'+'.join(data)}: {len(plan)} steps of {config.training.batch_size} examples in rows of "
-            f"{plan.row_length} tokens"
+            f"{'+'.join(data)}: {len(plan)} steps of {config.training.batch_size} examples "
+            f"in rows of {plan.row_length} tokens"
         )
         best = _train(config, base, data, train, plan, folder)
         write_adapter(folder.adapter, best, base.config, base.identity)
