@@ -6,7 +6,7 @@ python -m launch.benchmark packing [--data=DIR] [--json]
 import json
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from ecomjax.errors import UserError
 from launch.command import errors_in_one_line
@@ -33,6 +33,7 @@ def parse(argv):
 
 
 def main(argv):
+    logging.set_verbosity(logging.WARNING)
     with errors_in_one_line():
         from ecomjax.experiments import benchmark
 
