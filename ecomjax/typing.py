@@ -131,8 +131,11 @@ class LowRank(flax.struct.PyTreeNode):
     b: Float[Array, "*stack R d_out"]
     scale: Float[Array, "*stack"]
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+    ranks: Int[Array, "*stack"] | None = None
+    """True ranks, where matrices of the stack differ in them; factors are padded with zeros,
+    which stay zero in training. None: all have R."""
 
-    fixed = ("scale",)
+    fixed = ("scale", "ranks")
 
     def apply(self, x, kernel, y, index=None, key=None):
         del kernel
@@ -140,7 +143,7 @@ class LowRank(flax.struct.PyTreeNode):
         if index is None:
             return y + scale * matmul(matmul(x, a), b)
         chosen = jnp.einsum("B...d,Bdr,Bre->B...e", x, a[index], b[index])
-        return y + scale[index].reshape(-1, *[1] * (y.ndim - 1)) * chosen
+        return y + _by_row(scale[index], y) * chosen
 
     def apply_ragged(self, x, kernel, y, sizes, index=None, key=None):
         """`apply` of an expert axis to rows [M, d_in] that lie expert by expert.
@@ -152,12 +155,23 @@ class LowRank(flax.struct.PyTreeNode):
         x, a, b, scale = self._operands(x, key)
         if index is not None:
             experts, adapters = scale.shape
-            numbers = jnp.arange(experts, dtype=index.dtype)
-            expert = jnp.repeat(numbers, sizes, total_repeat_length=x.shape[0])
+            expert = _expert_of_row(sizes, x.shape[0])
             sizes = jnp.bincount(expert * adapters + index, length=experts * adapters)
             a, b, scale = (z.reshape(-1, *z.shape[2:]) for z in (a, b, scale))
         inner = jax.lax.ragged_dot(x, a, sizes)
         return y + jax.lax.ragged_dot(inner, scale[:, None, None] * b, sizes)
+
+    def look_up(self, tokens, y, index=None):
+        """`apply` to one-hot rows: of a table of vectors, given those of the base as `y`."""
+        a, b, scale = (z.astype(y.dtype) for z in (self.a, self.b, self.scale))
+        if index is None:
+            return y + scale * matmul(a[tokens], b)
+        rows = a[index[:, None], tokens]
+        return y + _by_row(scale[index], y) * jnp.einsum("BTr,Bre->BTe", rows, b[index])
+
+    def transposed(self) -> LowRank:
+        """Of the transposed kernel, as a tied head is."""
+        return self.replace(a=self.b.swapaxes(-1, -2), b=self.a.swapaxes(-1, -2))
 
     def _operands(self, x, key):
         """Input with some of it dropped, factors and scale, all of the input's dtype."""
@@ -169,3 +183,76 @@ class LowRank(flax.struct.PyTreeNode):
     def delta(self, kernel):
         product = self.a.astype(jnp.float32) @ self.b.astype(jnp.float32)
         return (self.scale[..., None, None] * product).reshape(kernel.shape)
+
+
+class DoRA(flax.struct.PyTreeNode):
+    """DoRA: magnitude * V / |V| with V = W + scale * a @ b, norms |V| by output.
+
+    Liu et al. 2024, arXiv 2402.09353, equation 5. The norms are constants to the gradient
+    (section 4.3), and V is never formed to find them. Dropout is of the low-rank part alone.
+    """
+
+    a: Float[Array, "*stack d_in R"]
+    b: Float[Array, "*stack R d_out"]
+    scale: Float[Array, "*stack"]
+    magnitude: Float[Array, "*stack d_out"]
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+    ranks: Int[Array, "*stack"] | None = None
+    """See `LowRank`."""
+
+    fixed = ("scale", "ranks")
+
+    @property
+    def low_rank(self) -> LowRank:
+        """What is added to the kernel before it is scaled."""
+        return LowRank(self.a, self.b, self.scale, self.dropout, self.ranks)
+
+    def apply(self, x, kernel, y, index=None, key=None):
+        adapted = self.low_rank.apply(x, kernel, y, index, key)
+        gain = self.gain(kernel).astype(y.dtype)
+        if index is None:
+            return jnp.broadcast_to(gain, y.shape) * adapted
+        return _by_row(gain[index], y) * adapted
+
+    def apply_ragged(self, x, kernel, y, sizes, index=None, key=None):
+        """See `LowRank.apply_ragged`."""
+        adapted = self.low_rank.apply_ragged(x, kernel, y, sizes, index, key)
+        gain = self.gain(kernel).astype(y.dtype)
+        expert = _expert_of_row(sizes, x.shape[0])
+        return (gain[expert] if index is None else gain[expert, index]) * adapted
+
+    def gain(self, kernel: Any) -> Float[Array, "*stack d_out"]:
+        """magnitude / |V| for a kernel [*stack, d_in, d_out], without an adapter axis.
+
+        |W + s a b|^2 = |W|^2 + 2 s sum((W^T a) * b^T) + s^2 sum((b^T a^T a) * b^T).
+        """
+        w, a, b, s = (
+            jax.lax.stop_gradient(z.astype(jnp.float32))
+            for z in (kernel, self.a, self.b, self.scale[..., None])
+        )
+        if w.ndim < a.ndim:
+            w = jnp.expand_dims(w, -3)
+        w = jnp.broadcast_to(w, (*a.shape[:-1], w.shape[-1]))
+        across = (jnp.einsum("...io,...ir->...ro", w, a) * b).sum(axis=-2)
+        own = (((a.swapaxes(-1, -2) @ a) @ b) * b).sum(axis=-2)
+        square = jnp.square(w).sum(axis=-2) + 2.0 * s * across + jnp.square(s) * own
+        norm = jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))
+        return self.magnitude.astype(jnp.float32) / norm
+
+    def delta(self, kernel):
+        stack, d_out = self.a.shape[:-2], self.b.shape[-1]
+        w = kernel.astype(jnp.float32).reshape(*stack, -1, d_out)
+        adapted = w + self.low_rank.delta(w)
+        return (self.gain(w)[..., None, :] * adapted - w).reshape(kernel.shape)
+
+
+def _by_row(values, like):
+    """What rows [B] have of each, beside an array [B, ..., *]."""
+    spread = (1,) * (like.ndim - values.ndim) if values.ndim > 1 else (1,) * (like.ndim - 1)
+    return values.reshape(values.shape[0], *spread, *values.shape[1:])
+
+
+def _expert_of_row(sizes, rows: int):
+    """The expert of each of the rows that lie expert by expert."""
+    numbers = jnp.arange(sizes.shape[0], dtype=jnp.int32)
+    return jnp.repeat(numbers, sizes, total_repeat_length=rows)

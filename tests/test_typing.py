@@ -66,11 +66,11 @@ def test_dropout_drops_inputs_of_the_adapter_alone():
 def test_low_rank_is_an_adapter_leaf(leaf):
     assert isinstance(leaf, AdapterLeaf)
     assert len(jax.tree.leaves(leaf)) == 3
-    assert set(leaf.fixed) == {"scale"}
+    assert set(leaf.fixed) == {"scale", "ranks"}
 
 
 def test_stacked_axes_are_counted():
     assert ParamAxes(("layers", "embed", "heads", "head_dim"), 1).stacked == 1
     assert ParamAxes(("layers", "experts", "embed", "ffn"), 1).stacked == 2
-    assert ParamAxes(("vocab", "embed")).stacked == 0
+    assert ParamAxes(("vocab", "embed"), 1).stacked == 0
     assert not jax.tree.leaves(ParamAxes(("vocab", "embed")))

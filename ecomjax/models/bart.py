@@ -80,8 +80,8 @@ class Inputs(nn.Module):
         self.position_embed = Embed(rows, c.width, "positions", **c.types)
         self.embed_norm = LayerNorm(NORM_EPS, **c.types)
 
-    def __call__(self, tokens, positions):
-        x = self.embed(tokens)
+    def __call__(self, tokens, positions, adapter_index=None):
+        x = self.embed(tokens, adapter_index)
         if self.config.scaled_embeddings:
             x *= jnp.asarray(self.config.width**0.5, x.dtype)
         return self.embed_norm(x + self.position_embed(positions + POSITION_OFFSET))
@@ -129,7 +129,8 @@ class BartEncoder(nn.Module):
 
     def __call__(self, tokens, positions, segment_ids, adapter_index=None):
         view = View(make_bidirectional_mask(segment_ids))
-        x, _ = run(self.layers, self.inputs(tokens, positions), None, view, adapter_index)
+        x = self.inputs(tokens, positions, adapter_index)
+        x, _ = run(self.layers, x, None, view, adapter_index)
         return x
 
 
@@ -141,8 +142,8 @@ class BartDecoder(MemoryDecoder):
         self.inputs = Inputs(c, self.embed)
         self.layers = stack(DecoderBlock, c, c.layers, {"__call__": 2, "remember": 1})
 
-    def embed_slots(self, tokens, positions):
-        return self.inputs(tokens, positions)
+    def embed_slots(self, tokens, positions, adapter_index=None):
+        return self.inputs(tokens, positions, adapter_index)
 
     def final_norm(self, x):
         """None: each layer ends in its own."""

@@ -114,7 +114,7 @@ class Bert(nn.Module):
                 collection holds several.
         """
         c = self.config
-        x = self.embed(tokens) + self.position_embed(positions + c.position_offset)
+        x = self.embed(tokens, adapter_index) + self.position_embed(positions + c.position_offset)
         if c.token_types:
             types = jnp.zeros_like(tokens) if token_types is None else token_types
             x += self.type_embed(jnp.minimum(types, c.token_types - 1))

@@ -78,11 +78,14 @@ class Decoder(nn.Module):
     config: Any
 
     def embed_slots(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        adapter_index: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B T D"]:
         """What enters the first layer."""
         del positions
-        return self.embed(tokens)
+        return self.embed(tokens, adapter_index)
 
     def of_layers(self) -> OfLayer:
         """What differs by layer; a family adds to it."""
@@ -158,7 +161,7 @@ class Decoder(nn.Module):
             shared = shared._replace(prefix_mask=related(segment_ids, prefix.segment_ids))
             if own.window is not None:
                 shared = shared._replace(prefix_distance=_distance(positions, prefix.positions))
-        carry = (self.embed_slots(tokens, positions), stacked)
+        carry = (self.embed_slots(tokens, positions, adapter_index), stacked)
         (x, stacked), outputs = run(self.layers, carry, own, shared, adapter_index)
         if cache is not None:
             cache = KVCache(
@@ -175,7 +178,7 @@ class Decoder(nn.Module):
     ) -> Float[Array, "B T V"]:
         """Next-token logits in float32."""
         if self.config.tied_embeddings:
-            return self.embed.attend(hidden).astype(jnp.float32)
+            return self.embed.attend(hidden, adapter_index).astype(jnp.float32)
         return self.lm_head(hidden, adapter_index).astype(jnp.float32)
 
     def everything(self, tokens, positions, segment_ids):

@@ -102,7 +102,7 @@ class EncoderDecoder(nn.Module):
     ) -> Float[Array, "B T V"]:
         """Next-token logits in float32."""
         if self.config.tied_embeddings:
-            return self.embed.attend(hidden).astype(jnp.float32)
+            return self.embed.attend(hidden, adapter_index).astype(jnp.float32)
         return self.lm_head(hidden, adapter_index).astype(jnp.float32)
 
     def everything(self, tokens, positions, segment_ids):

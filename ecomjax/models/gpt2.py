@@ -88,5 +88,5 @@ class GPT2(Decoder):
         if not c.tied_embeddings:
             self.lm_head = Linear((c.vocab_size,), ("embed", "vocab"), **c.types)
 
-    def embed_slots(self, tokens, positions):
-        return self.embed(tokens) + self.position_embed(positions)
+    def embed_slots(self, tokens, positions, adapter_index=None):
+        return self.embed(tokens, adapter_index) + self.position_embed(positions)

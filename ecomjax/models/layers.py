@@ -72,19 +72,22 @@ class Linear(nn.Module):
         x = x.reshape(*x.shape[: x.ndim - self.inputs], -1).astype(self.dtype)
         matrix = jnp.asarray(kernel.reshape(x.shape[-1], -1).astype(self.dtype))
         y = matmul(x, matrix)
-        if self.use_bias:
-            init = declare(nn.initializers.zeros, self.axes[self.inputs :])
-            bias: Any = self.param("bias", init, self.out, self.param_dtype)
-            y = y + _broadcast(bias.reshape(-1).astype(self.dtype), y)
         if self.has_variable("lora", "kernel"):
             leaf = self.get_variable("lora", "kernel")
             key = self.make_rng("dropout") if self.has_rng("dropout") else None
             y = leaf.apply(x, matrix, y, adapter_index, key)
+        if self.use_bias:
+            init = declare(nn.initializers.zeros, self.axes[self.inputs :])
+            bias: Any = self.param("bias", init, self.out, self.param_dtype)
+            y = y + _broadcast(bias.reshape(-1).astype(self.dtype), y)
         return y.reshape(*y.shape[:-1], *self.out)
 
 
 class Embed(nn.Module):
-    """A table of vectors, of tokens or positions; that of tokens also serves as a tied head."""
+    """A table of vectors, of tokens or positions; that of tokens also serves as a tied head.
+
+    Where the "lora" collection has an entry at the table's path, it is adapted in both roles.
+    """
 
     rows: int
     width: int
@@ -93,19 +96,32 @@ class Embed(nn.Module):
     param_dtype: Any = jnp.float32
 
     def setup(self):
-        init = declare(nn.initializers.normal(0.02), (self.axis, "embed"))
+        # A table of tokens is a matrix, of one-hot rows; rules may name it.
+        inputs = int(self.axis == "vocab")
+        init = declare(nn.initializers.normal(0.02), (self.axis, "embed"), inputs)
         self.embedding: Any = self.param(
             "embedding", init, (self.rows, self.width), self.param_dtype
         )
 
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.embedding[tokens].astype(self.dtype)
+    def __call__(
+        self, tokens: Int[Array, "B T"], adapter_index: Int[Array, "B"] | None = None
+    ) -> Float[Array, "B T D"]:
+        y = self.embedding[tokens].astype(self.dtype)
+        if self.has_variable("lora", "embedding"):
+            y = self.get_variable("lora", "embedding").look_up(tokens, y, adapter_index)
+        return y
 
-    def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    def attend(
+        self, x: Float[Array, "*B D"], adapter_index: Int[Array, "B"] | None = None
+    ) -> Float[Array, "*B V"]:
         # The table stands on the left: XLA on CPU would copy it to read it transposed.
-        flat = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        logits = (self.embedding.astype(self.dtype) @ flat.T).T
-        return logits.reshape(*x.shape[:-1], -1)
+        x = x.astype(self.dtype)
+        logits = (self.embedding.astype(self.dtype) @ x.reshape(-1, x.shape[-1]).T).T
+        logits = logits.reshape(*x.shape[:-1], -1)
+        if self.has_variable("lora", "embedding"):
+            leaf = self.get_variable("lora", "embedding").transposed()
+            logits = leaf.apply(x, None, logits, adapter_index)
+        return logits
 
 
 class RMSNorm(nn.Module):

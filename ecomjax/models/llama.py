@@ -140,8 +140,8 @@ class Llama(Decoder):
         if not c.tied_embeddings:
             self.lm_head = Linear((c.vocab_size,), ("embed", "vocab"), **c.types)
 
-    def embed_slots(self, tokens, positions):
-        x = super().embed_slots(tokens, positions)
+    def embed_slots(self, tokens, positions, adapter_index=None):
+        x = super().embed_slots(tokens, positions, adapter_index)
         if self.config.scaled_embeddings:
             x *= jnp.asarray(self.config.width**0.5, x.dtype)
         return x

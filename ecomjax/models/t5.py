@@ -149,7 +149,7 @@ class T5Encoder(nn.Module):
     def __call__(self, tokens, positions, segment_ids, adapter_index=None):
         bias = self.relative_bias(positions, positions)
         view = View(make_bidirectional_mask(segment_ids), bias=bias)
-        x, _ = run(self.layers, self.embed(tokens), None, view, adapter_index)
+        x, _ = run(self.layers, self.embed(tokens, adapter_index), None, view, adapter_index)
         return self.final_norm(x)
 
 

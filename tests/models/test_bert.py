@@ -86,7 +86,7 @@ def test_names_and_axes_of_the_tree():
     found = {path: (*axes[path], x.shape) for path, x in trees.flatten(tiny.params).items()}
     heads, layer = ("heads", "head_dim"), ("layers", "embed")
     expected = {
-        "embed/embedding": (("vocab", "embed"), 0, (V, 24)),
+        "embed/embedding": (("vocab", "embed"), 1, (V, 24)),
         "position_embed/embedding": (("positions", "embed"), 0, (21, 24)),
         "type_embed/embedding": (("types", "embed"), 0, (2, 24)),
         "layers/attn/q/kernel": ((*layer, *heads), 1, (3, 24, 3, 8)),

@@ -66,7 +66,7 @@ def test_names_and_axes_of_the_tree(make_llama):
     axes = {path: (a.names, a.inputs) for path, a in trees.flatten(tiny.axes).items()}
     found = {path: (*axes[path], leaf.shape) for path, leaf in trees.flatten(shapes).items()}
     assert found == {
-        "embed/embedding": (("vocab", "embed"), 0, (61, 24)),
+        "embed/embedding": (("vocab", "embed"), 1, (61, 24)),
         "layers/attn_norm/scale": (("layers", "embed"), 0, (3, 24)),
         "layers/attn/q/kernel": (("layers", "embed", "heads", "head_dim"), 1, (3, 24, 6, 8)),
         "layers/attn/k/kernel": (("layers", "embed", "kv_heads", "head_dim"), 1, (3, 24, 2, 8)),
