@@ -110,6 +110,9 @@ def adapter() -> ConfigDict:
             "rank": 16,
             "alpha": 32.0,
             "dropout": 0.0,
+            "rslora": False,
+            "dora": False,
+            "pissa": False,
             "targets": (r"(.*/)?layers/.*(?<!/router)/kernel",),
             "rules": (),
         }
@@ -126,6 +129,7 @@ def optimizer() -> ConfigDict:
             "clip_norm": 1.0,
             "beta1": 0.9,
             "beta2": 0.999,
+            "loraplus_ratio": 1.0,
         }
     )
 

@@ -111,6 +111,8 @@ class RuleConfig:
     rank: Positive
     alpha: AboveZero
     dropout: Rate = 0.0
+    layers: tuple[Count, ...] = ()
+    """Of the stack; empty: all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +122,12 @@ class AdapterConfig:
     rank: Positive = 16
     alpha: AboveZero = 32.0
     dropout: Rate = 0.0
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) in place of alpha / rank."""
+    dora: bool = False
+    """Magnitude and direction apart."""
+    pissa: bool = False
+    """Start from the principal part of each kernel."""
     targets: Annotated[tuple[Pattern, ...], Filled()] = (r"(.*/)?layers/.*(?<!/router)/kernel",)
     """Every linear layer, as `adapters.rules.EVERY_LINEAR`, whose module would import jax here."""
     rules: tuple[RuleConfig, ...] = ()
@@ -143,6 +151,8 @@ class OptimizerConfig:
     clip_norm: AboveZero = 1.0
     beta1: Rate = 0.9
     beta2: Rate = 0.999
+    loraplus_ratio: AboveZero = 1.0
+    """Learning rate of LoRA's b over that of a."""
 
 
 @dataclasses.dataclass(frozen=True)

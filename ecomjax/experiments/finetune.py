@@ -217,7 +217,7 @@ def _train(
     plan: Plan,
     folder: Workdir,
 ) -> Adapter:
-    """The adapter of the best evaluation."""
+    """The adapter of the best evaluation, to the base as it was loaded."""
     settings, steps = config.training, len(plan)
     schedule = optim.schedule(
         config.optimizer.schedule, config.optimizer.learning_rate, config.optimizer.warmup, steps
@@ -228,10 +228,13 @@ def _train(
         clip_norm=config.optimizer.clip_norm,
         beta1=config.optimizer.beta1,
         beta2=config.optimizer.beta2,
+        loraplus_ratio=config.optimizer.loraplus_ratio,
     )
-    rules = [LoraRule(**dataclasses.asdict(rule)) for rule in config.adapter.all_rules]
+    variant = {name: getattr(config.adapter, name) for name in ("rslora", "dora", "pissa")}
+    rules = [LoraRule(**dataclasses.asdict(rule), **variant) for rule in config.adapter.all_rules]
     init_key, dropout_key = jax.random.split(jax.random.key(settings.seed))
     params, adapter = lora.init(base.params, base.axes, rules, init_key)
+    start = jax.device_get(adapter)  # Training takes over the arrays themselves.
     trained, fixed = lora.split(adapter)
     frozen: dict[str, Params] = {"params": params, "fixed": fixed}
     labels = list(data) if len(data) > 1 else []
@@ -280,4 +283,4 @@ def _train(
         )
     say(f"{'+'.join(data)}: best at step {selection.step} of {steps}")
     best: Any = checkpoints.restore_best(jax.eval_shape(lambda t: t, trained))[0]
-    return lora.join(best, fixed)
+    return lora.since(lora.join(best, fixed), start)

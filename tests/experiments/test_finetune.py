@@ -9,7 +9,7 @@ from ecomjax import trees
 from ecomjax.data.sources import SyntheticSource
 from ecomjax.data.store import Sizes
 from ecomjax.errors import UserError
-from ecomjax.experiments import finetune
+from ecomjax.experiments import evaluate, finetune
 from ecomjax.experiments.assembly import load_base
 from ecomjax.experiments.config import to_dict
 from ecomjax.experiments.files import read_json, read_jsonl
@@ -101,6 +101,32 @@ def test_a_finished_run_stays_as_it_is(config, train, trained, contents, monkeyp
         train(config, trained)
     assert contents(trained) == before
     assert len(read_json(trained / "run.json")["starts"]) == starts + 1
+
+
+VARIANTS = {
+    "rslora and LoRA+": {"adapter.rslora": True, "optimizer.loraplus_ratio": 4.0},
+    "pissa": {"adapter.pissa": True},
+    "dora": {"adapter.dora": True},
+    "embedding and ranks by layer": {
+        "adapter.targets": ("layers/.*/kernel", "embed/embedding"),
+        "adapter.rules": ({"pattern": ".*/q/kernel", "rank": 4, "alpha": 2.0, "layers": (1,)},),
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_adapters_are_trained_and_scored(make_config, train, tmp_path, variant):
+    """What is written is of the base as it was loaded: it scores what the best evaluation did."""
+    changes = VARIANTS[variant] | {"training.select": "loss", "data.test_size": 6}
+    changes |= {"evaluation.split": "validation", "training.validation_examples": 0}
+    config = make_config("finetune", changes=changes)
+    train(config, tmp_path / "run")
+    evaluate.run(config, str(tmp_path / "run"))
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    best = Checkpoints(tmp_path / "run" / "checkpoints").best()
+    (told,) = (x for x in lines if x["step"] == best and "validation/loss" in x)
+    scores = read_json(tmp_path / "run" / "eval" / "esci" / "validation.metrics.json")
+    assert scores["metrics"]["macro_f1"]["value"] == pytest.approx(told["validation/esci/macro_f1"])
 
 
 class Killed(BaseException):

@@ -1,8 +1,10 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ecomjax.training import optim
+from ecomjax.typing import LowRank
 
 PEAK = 0.4
 
@@ -68,3 +70,19 @@ def test_adamw_on_clipped_gradients(loose_promotion):
             np.testing.assert_allclose(updates[k], update, rtol=1e-4, atol=1e-6)
             weights[k] = w + update
         params = {k: jnp.asarray(w, jnp.float32) for k, w in weights.items()}
+
+
+def test_b_of_adapters_learns_faster(loose_promotion):
+    """LoRA+: by the ratio exactly, decay included, and nothing else does."""
+    options = {"weight_decay": 0.1, "clip_norm": 1.0, "beta1": 0.9, "beta2": 0.99}
+    leaf = LowRank(a=jnp.full((3, 2), 0.5), b=jnp.full((2, 4), 0.5), scale=None)
+    params = {"b": {"kernel": leaf}, "head": {"b": jnp.ones(3)}}
+    gradients = jax.tree.map(lambda x: 0.1 * x, params)
+    updates = []
+    for ratio in (1.0, 16.0):
+        optimizer = optim.adamw(lambda step: 0.3, **options, loraplus_ratio=ratio)
+        updates.append(optimizer.update(gradients, optimizer.init(params), params)[0])
+    plain, faster = updates
+    np.testing.assert_array_equal(faster["head"]["b"], plain["head"]["b"])
+    np.testing.assert_array_equal(faster["b"]["kernel"].a, plain["b"]["kernel"].a)
+    np.testing.assert_allclose(faster["b"]["kernel"].b, 16.0 * plain["b"]["kernel"].b, rtol=1e-6)
