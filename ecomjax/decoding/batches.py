@@ -56,6 +56,8 @@ class Rows(NamedTuple):
     lengths: Int[Array, "B"]
     """How many of the tokens are a row's own; the rest is padding."""
     offset: Int[Array, ""]
+    adapter: Int[Array, "B"] | None = None
+    """Which of several adapters each row uses."""
 
 
 def by_length(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
@@ -71,12 +73,16 @@ def by_length(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[lis
 
 
 def batches(
-    model: nn.Module, variables: Any, prompts: Sequence[Sequence[int]], limits: Limits
+    model: nn.Module,
+    variables: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Limits,
+    adapters: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[int], Rows]]:
     """Indices of the prompts of each batch, as `by_length` gives them, and their rows.
 
-    Tokens that all prompts open with are computed once; those of sources, which see each
-    other, are not.
+    Tokens that all prompts open with are computed once, for each adapter where there are
+    several; those of sources, which see each other, are not.
 
     Raises:
         UserError: an empty prompt, one that leaves no room for an answer, or a start for a
@@ -104,16 +110,25 @@ def batches(
             )
     if limits.start:
         for indices in by_length(prompts, limits.batch_size):
-            memory = _remember(model, variables, *_padded([prompts[i] for i in indices]))
+            own = adapters_of(indices, adapters)
+            memory = _remember(model, variables, *_padded([prompts[i] for i in indices]), own)
             start = jnp.tile(jnp.array(limits.start, jnp.int32), (len(indices), 1))
             lengths = jnp.full(len(indices), len(limits.start), jnp.int32)
-            yield indices, Rows(memory, start, lengths, jnp.zeros((), jnp.int32))
+            yield indices, Rows(memory, start, lengths, jnp.zeros((), jnp.int32), own)
         return
     offset = prefixes.common_prefix(prompts)
-    before = prefixes.fill_prefix(model, variables, prompts[0][:offset])
+    count = None if adapters is None else max(adapters) + 1
+    before = prefixes.fill_prefix(model, variables, prompts[0][:offset], count)
     for indices in by_length(prompts, limits.batch_size):
+        own = adapters_of(indices, adapters)
         tokens, lengths = _padded([prompts[i][offset:] for i in indices])
-        yield indices, Rows(before, tokens, lengths, jnp.int32(offset))
+        seen = prefixes.of_rows(before, own)
+        yield indices, Rows(seen, tokens, lengths, jnp.int32(offset), own)
+
+
+def adapters_of(indices: Sequence[int], adapters: Sequence[int] | None) -> Int[Array, "B"] | None:
+    """Which of several adapters the prompts of a batch use, where that is said."""
+    return None if adapters is None else jnp.asarray([adapters[i] for i in indices], jnp.int32)
 
 
 def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
@@ -127,14 +142,18 @@ def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[Array, "B T"], Int[Ar
 
 @partial(jax.jit, static_argnums=0)
 def _remember(
-    model: nn.Module, variables: Any, tokens: Int[Array, "B S"], lengths: Int[Array, "B"]
+    model: nn.Module,
+    variables: Any,
+    tokens: Int[Array, "B S"],
+    lengths: Int[Array, "B"],
+    adapter: Int[Array, "B"] | None,
 ) -> Memory:
     bound: Any = model
     # Padding stays at the last position, since a table of them may end there.
     count = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     positions = jnp.minimum(count, lengths.max() - 1)
     segments = jnp.where(count < lengths[:, None], OWN_SEGMENT, PADDING_SEGMENT)
-    return bound.apply(variables, tokens, positions, segments, method="remember")
+    return bound.apply(variables, tokens, positions, segments, adapter, method="remember")
 
 
 def prefill(
@@ -148,7 +167,9 @@ def prefill(
     inside = count[None, :] < rows.lengths[:, None]
     segments = jnp.where(inside, OWN_SEGMENT, PADDING_SEGMENT)
     positions = jnp.broadcast_to(rows.offset + count, rows.tokens.shape)
-    hidden, cache = bound.apply(variables, rows.tokens, positions, segments, cache, rows.before)
+    hidden, cache = bound.apply(
+        variables, rows.tokens, positions, segments, cache, rows.before, rows.adapter
+    )
     return jnp.take_along_axis(hidden, (rows.lengths - 1)[:, None, None], axis=1), cache
 
 
@@ -164,4 +185,6 @@ def follow(
     bound: Any = model
     positions = (rows.offset + rows.lengths + drawn - 1)[:, None]
     segments = jnp.full((last.shape[0], 1), OWN_SEGMENT, jnp.int32)
-    return bound.apply(variables, last[:, None], positions, segments, cache, rows.before)
+    return bound.apply(
+        variables, last[:, None], positions, segments, cache, rows.before, rows.adapter
+    )

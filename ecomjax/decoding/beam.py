@@ -147,8 +147,8 @@ def _search(
     batch, slots = rows.tokens.shape
     beams, new = options.beams, options.max_new_tokens
 
-    def log_probabilities(hidden):
-        logits: Any = model.apply(variables, hidden, method="logits")
+    def log_probabilities(hidden, adapter):
+        logits: Any = model.apply(variables, hidden, adapter, method="logits")
         table = jax.nn.log_softmax(logits[:, 0], axis=-1)
         return table.reshape(batch, -1, table.shape[-1])
 
@@ -164,17 +164,20 @@ def _search(
         open=jnp.ones(batch, bool),
     )
     hidden, cache = prefill(model, variables, rows, new)
-    state, _ = _extend(options, state, jnp.repeat(log_probabilities(hidden), beams, axis=1))
+    table = log_probabilities(hidden, rows.adapter)
+    state, _ = _extend(options, state, jnp.repeat(table, beams, axis=1))
     cache = _for_each_beam(cache, beams)
     rows = rows._replace(lengths=jnp.repeat(rows.lengths, beams))
-    if not isinstance(rows.before, KVCache):
+    if rows.adapter is not None:
+        rows = rows._replace(adapter=jnp.repeat(rows.adapter, beams))
+    if not isinstance(rows.before, KVCache) or rows.adapter is not None:
         rows = rows._replace(before=_for_each_beam(rows.before, beams))
 
     def body(carry):
         s, cache = carry
         last = jax.lax.dynamic_index_in_dim(s.tokens, s.drawn - 1, axis=2, keepdims=False)
         hidden, cache = follow(model, variables, rows, last.reshape(-1), s.drawn, cache)
-        s, parents = _extend(options, s, log_probabilities(hidden))
+        s, parents = _extend(options, s, log_probabilities(hidden, rows.adapter))
         return s, _reordered(cache, parents, slots)
 
     def unfinished(carry):
@@ -191,6 +194,7 @@ def beam_search(
     prompts: Sequence[Sequence[int]],
     options: BeamOptions,
     on_done: Callable[[int], None] = lambda count: None,
+    adapters: Sequence[int] | None = None,
 ) -> list[Found]:
     """The best answers to tokenized prompts, in their order.
 
@@ -200,7 +204,7 @@ def beam_search(
     # Compiled code depends on neither of these; a constant keeps it from being made anew.
     compiled = dataclasses.replace(options, batch_size=1, window=1)
     results: dict[int, Found] = {}
-    for indices, rows in batches(model, variables, prompts, options):
+    for indices, rows in batches(model, variables, prompts, options, adapters):
         tokens, scores = jax.device_get(_search(model, compiled, variables, rows))
         for row, i in enumerate(indices):
             answer, ended = until(options.end, tokens[row].tolist())

@@ -62,7 +62,7 @@ def _decode(
     hidden, cache = prefill(model, variables, rows, options.max_new_tokens)
 
     def draw(hidden, number):
-        logits: Any = model.apply(variables, hidden, method="logits")
+        logits: Any = model.apply(variables, hidden, rows.adapter, method="logits")
         row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
         chosen = sampling.sample(logits[:, 0], row_keys, options.temperature, options.top_p)
         picked = jnp.take_along_axis(logits[:, 0], chosen[:, None], axis=-1)[:, 0]
@@ -125,6 +125,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     options: GenerateOptions,
     on_done: Callable[[int], None] = lambda count: None,
+    adapters: Sequence[int] | None = None,
 ) -> list[Generated]:
     """Answers to tokenized prompts, in their order.
 
@@ -137,6 +138,8 @@ def generate(
         prompts: token ids, each at least one.
         options: how to decode.
         on_done: called with the number of prompts just finished, for progress.
+        adapters: which of several each prompt uses, where "lora" holds several; see
+            `adapters.routing.hold_together`.
 
     Raises:
         UserError: an empty prompt, or one that leaves no room for an answer.
@@ -145,7 +148,7 @@ def generate(
     # Compiled code depends on neither of these; a constant keeps it from being made anew.
     compiled = dataclasses.replace(options, batch_size=1, window=1, seed=0)
     results: dict[int, Generated] = {}
-    for indices, rows in batches(model, variables, prompts, options):
+    for indices, rows in batches(model, variables, prompts, options, adapters):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(root, np.array(indices, np.uint32))
         drawn, log_probabilities = jax.device_get(_decode(model, compiled, variables, rows, keys))
         for row, i in enumerate(indices):

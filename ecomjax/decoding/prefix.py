@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jaxtyping import Array, Int
 
 from ecomjax.typing import PADDING_SEGMENT, SHARED_SEGMENT, KVCache
 
@@ -31,18 +32,19 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 
 @partial(jax.jit, static_argnums=0)
-def _fill(model: nn.Module, variables: Any, tokens, positions, segments) -> KVCache:
+def _fill(model: nn.Module, variables: Any, tokens, positions, segments, adapter) -> KVCache:
     bound: Any = model
-    _, cache = bound.apply(
-        variables, tokens, positions, segments, bound.new_cache(1, tokens.shape[1])
-    )
-    return cache
+    cache = bound.new_cache(*tokens.shape)
+    return bound.apply(variables, tokens, positions, segments, cache, None, adapter)[1]
 
 
-def fill_prefix(model: nn.Module, variables: Any, prefix: Sequence[int]) -> KVCache:
+def fill_prefix(
+    model: nn.Module, variables: Any, prefix: Sequence[int], adapters: int | None = None
+) -> KVCache:
     """A cache of one row that holds the prefix as the shared segment, in bucketed slots.
 
-    There is one bucket at least, so that no prefix is no other shape than a short one.
+    There is one bucket at least, so that no prefix is no other shape than a short one. Where
+    rows use several adapters, it has a row for each of so many, see `of_rows`.
     """
     slots = bucketed(max(1, len(prefix)))
     tokens, segments = np.zeros((1, slots), np.int32), np.zeros((1, slots), np.int32)
@@ -50,4 +52,20 @@ def fill_prefix(model: nn.Module, variables: Any, prefix: Sequence[int]) -> KVCa
     segments[0] = PADDING_SEGMENT
     segments[0, : len(prefix)] = SHARED_SEGMENT
     positions = np.arange(slots, dtype=np.int32)[None]
-    return _fill(model, variables, tokens, positions, segments)
+    filled = tokens, positions, segments
+    if adapters is None:
+        return _fill(model, variables, *filled, None)
+    filled = (np.repeat(x, adapters, axis=0) for x in filled)
+    return _fill(model, variables, *filled, np.arange(adapters, dtype=np.int32))
+
+
+def of_rows(prefix: KVCache, adapter: Int[Array, "B"] | None) -> KVCache:
+    """The prefix that each row sees: of one row for all, or of the row of its adapter."""
+    if adapter is None:
+        return prefix
+    return prefix.replace(
+        keys=prefix.keys[:, adapter],
+        values=prefix.values[:, adapter],
+        positions=prefix.positions[adapter],
+        segment_ids=prefix.segment_ids[adapter],
+    )

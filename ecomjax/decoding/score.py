@@ -15,7 +15,7 @@ from jaxtyping import Float
 from ecomjax.data.encoded import Encoded
 from ecomjax.data.packing import write_rows
 from ecomjax.decoding import prefix as prefixes
-from ecomjax.decoding.batches import by_length
+from ecomjax.decoding.batches import adapters_of, by_length
 from ecomjax.errors import UserError
 from ecomjax.models.likelihood import token_log_likelihood
 from ecomjax.typing import Batch, KVCache
@@ -23,9 +23,10 @@ from ecomjax.typing import Batch, KVCache
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _score(
-    model: nn.Module, labels: int, variables: Any, start: KVCache, batch: Batch
+    model: nn.Module, labels: int, variables: Any, start: KVCache, batch: Batch, adapter: Any
 ) -> Float[jax.Array, "B labels"]:
-    likelihood = token_log_likelihood(model, variables, batch, prefix=start)
+    seen = prefixes.of_rows(start, adapter)
+    likelihood = token_log_likelihood(model, variables, batch, seen, adapter_index=adapter)
     segments = jnp.arange(1, labels + 1, dtype=jnp.int32)
     own = batch.segment_ids[:, None, :] == segments[None, :, None]
     return jnp.where(own, likelihood[:, None, :], 0.0).sum(axis=-1)
@@ -40,6 +41,7 @@ def label_log_likelihoods(
     batch_size: int,
     window: int,
     on_done: Callable[[int], None] = lambda count: None,
+    adapters: Sequence[int] | None = None,
 ) -> Float[np.ndarray, "n labels"]:
     """log p(label | prompt), summed over the label's tokens and not normalised by length.
 
@@ -55,6 +57,7 @@ def label_log_likelihoods(
         batch_size: prompts scored together; results do not depend on it.
         window: most tokens a prompt and one label may take together.
         on_done: called with the number of prompts just finished, for progress.
+        adapters: which of several each prompt uses, see `generate`.
 
     Raises:
         UserError: an empty prompt or label, or a prompt too long for the window.
@@ -73,11 +76,14 @@ def label_log_likelihoods(
                 "use fewer demonstrations or shorter inputs",
             )
     offset = prefixes.common_prefix(prompts)
-    start = prefixes.fill_prefix(model, variables, prompts[0][:offset])
+    count = None if adapters is None else max(adapters) + 1
+    start = prefixes.fill_prefix(model, variables, prompts[0][:offset], count)
     scores = np.zeros((len(prompts), len(labels)), np.float32)
     for indices in by_length(prompts, batch_size):
         batch = _label_rows([prompts[i][offset:] for i in indices], labels, offset)
-        scores[indices] = jax.device_get(_score(model, len(labels), variables, start, batch))
+        own = adapters_of(indices, adapters)
+        found = _score(model, len(labels), variables, start, batch, own)
+        scores[indices] = jax.device_get(found)
         on_done(len(set(indices)))
     return scores
 

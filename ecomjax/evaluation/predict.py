@@ -170,6 +170,7 @@ class Predictor:
         examples: Sequence[Example],
         demonstrations: Demonstrations = (),
         on_done: Callable[[int], None] = lambda count: None,
+        adapters: Sequence[int] | None = None,
     ) -> list[Prediction]:
         """Predictions for the examples, in their order.
 
@@ -178,6 +179,8 @@ class Predictor:
             examples: what to answer.
             demonstrations: shown before each, in this order.
             on_done: called with the number of examples just finished.
+            adapters: which of several each example uses, where "lora" holds several; see
+                `adapters.routing.hold_together`.
 
         Raises:
             UserError: see `fitted`.
@@ -193,6 +196,7 @@ class Predictor:
                 batch_size=self.batch_size,
                 window=self.window,
                 on_done=on_done,
+                adapters=adapters,
             )
             return [
                 Prediction(
@@ -212,7 +216,7 @@ class Predictor:
             top_p=self.top_p,
             seed=self.seed,
         )
-        answers = generate(self.model, variables, prompts, options, on_done)
+        answers = generate(self.model, variables, prompts, options, on_done, adapters)
         texts = [self.tokenizer.decode(answer.tokens) for answer in answers]
         return [
             Prediction(self.task.parse(text, example), text, lost=cut)

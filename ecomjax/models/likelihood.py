@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ecomjax.typing import Batch, KVCache
 
@@ -21,6 +21,7 @@ def token_log_likelihood(
     batch: Batch,
     prefix: KVCache | None = None,
     rngs: dict[str, jax.Array] | None = None,
+    adapter_index: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B T"]:
     """log p(target) at every slot of weight > 0, and 0 elsewhere, in float32.
 
@@ -31,16 +32,20 @@ def token_log_likelihood(
         batch: leaves [B, T].
         prefix: see the model; keys and values that stand before every row.
         rngs: {"dropout": key} while training.
+        adapter_index: see the model.
     """
     apply: Any = model.apply
-    hidden, _ = apply(
-        variables, batch.tokens, batch.positions, batch.segment_ids, prefix=prefix, rngs=rngs
-    )
-    return likelihood_of_hidden(model, variables, hidden, batch)
+    slots = (batch.tokens, batch.positions, batch.segment_ids)
+    hidden, _ = apply(variables, *slots, None, prefix, adapter_index, rngs=rngs)
+    return likelihood_of_hidden(model, variables, hidden, batch, adapter_index)
 
 
 def likelihood_of_hidden(
-    model: nn.Module, variables: dict[str, Any], hidden: Float[Array, "B T D"], batch: Batch
+    model: nn.Module,
+    variables: dict[str, Any],
+    hidden: Float[Array, "B T D"],
+    batch: Batch,
+    adapter_index: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B T"]:
     """`token_log_likelihood` from the hidden states on.
 
@@ -65,7 +70,7 @@ def likelihood_of_hidden(
         states, targets, wanted = chunked
 
         def compute():
-            logits = apply(variables, states, method="logits")
+            logits = apply(variables, states, adapter_index, method="logits")
             picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
             return jnp.where(wanted, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
