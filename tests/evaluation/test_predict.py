@@ -4,6 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from ecomjax import trees
+from ecomjax.adapters import lora
+from ecomjax.adapters.routing import hold_together
+from ecomjax.adapters.rules import LoraRule
 from ecomjax.data.sources import Row, SyntheticSource
 from ecomjax.data.store import Sizes
 from ecomjax.errors import UserError
@@ -201,3 +205,27 @@ def test_no_text_of_a_row_can_end_a_turn(make):
     assert predictor.prompt(example, [example]).count(turn) == 2  # one for each turn
     (encoded,) = predictor.encode([example])
     assert encoded.tokens.count(turn) == 1
+
+
+def test_every_example_by_its_own_adapter(tiny, make, variables):
+    """Labels and written answers of a batch that uses two adapters are those of two runs."""
+    adapters = []
+    for seed in (1, 2):
+        rules = [LoraRule(rank=seed + 1, alpha=8.0)]
+        _, adapter = lora.init(tiny.params, tiny.axes, rules, jax.random.key(seed))
+        drawn = jax.random.key(seed + 2)
+        adapters.append(
+            trees.map_leaves(
+                lambda leaf, key=drawn: leaf.replace(b=jax.random.normal(key, leaf.b.shape)),
+                adapter,
+            )
+        )
+    predictor, examples = make(Esci()), examples_of(Esci())
+    used = [0, 1, 1, 0, 1, 0]
+    both = variables | {"lora": hold_together(adapters)}
+    together = predictor.predict(both, examples, adapters=used)
+    alone = [predictor.predict(variables | {"lora": one}, examples) for one in adapters]
+    for i, number in enumerate(used):
+        ours, expected = together[i].scores, alone[number][i].scores
+        assert ours == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        assert ours != pytest.approx(alone[1 - number][i].scores, rel=1e-2)
