@@ -131,7 +131,7 @@ def write_adapter(
     }
     origin = {key: getattr(base, key) for key in ("name", "source", "sha256", "fingerprint")}
     with replace_folder(folder) as new:
-        write_file(new / WEIGHTS, tensors)
+        write_file(new / WEIGHTS, tensors, tensors.items())
         replace_file(new / CONFIG, json.dumps(fields, indent=2))
         replace_file(new / BASE, json.dumps(origin, indent=2))
 

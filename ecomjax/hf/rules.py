@@ -18,17 +18,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from ecomjax import trees
+from ecomjax.adapters.lowrank import Shape, factors_of
 from ecomjax.errors import UserError
 from ecomjax.sharding import build_array
-from ecomjax.typing import Params
+from ecomjax.typing import LowRank, Params
 
 DTYPES: dict[str, Any] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 """The dtypes parameters may have."""
@@ -175,6 +177,76 @@ class RuleTable:
                 flat[rule.ours] = part((slice(None),) * len(shape))
             else:
                 flat[rule.ours] = build_array(shape, own[rule.ours], part)
+        self._check_copies(tensors, where)
+        return trees.unflatten(flat)
+
+    def read_first(
+        self, tensors: Mapping[str, np.ndarray], dtype: str, where: str, pattern: str
+    ) -> Iterator[np.ndarray]:
+        """Leaves whose whole path matches, in the order of paths, one entry at a time.
+
+        Of layers it is the first: one after the other, the entries of `leaf[0]`.
+        """
+        tensors = self._as_spelled(tensors, where)
+        self._check_names(tensors, where)
+        for rule in sorted(self.rules, key=lambda rule: rule.ours):
+            if re.fullmatch(pattern, rule.ours):
+                for index, name in rule.names(self.sizes):
+                    if not index or index[0] == 0:
+                        tensor = self._read(tensors, name, rule, where)
+                        yield rule.to_ours(tensor, self.sizes).astype(DTYPES[dtype], copy=False)
+
+    def fuse_tensors(
+        self,
+        tensors: Mapping[str, np.ndarray],
+        leaves: Iterable[tuple[str, LowRank]],
+        dtype: str,
+        where: str,
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Their tensors with the deltas of an adapter added, one at a time.
+
+        First come those that are adapted, as the leaves come, then the rest. A delta is added
+        to the tensor as it is stored, in float32, and the sum is rounded once.
+
+        Args:
+            tensors: see `import_params`.
+            leaves: kernels of an adapter by path, layers stacked.
+            dtype: a key of `DTYPES`; of all that is yielded.
+            where: the file or folder, for error messages.
+
+        Raises:
+            UserError: what `import_params` refuses; a path that no rule has.
+        """
+        tensors = self._as_spelled(tensors, where)
+        self._check_names(tensors, where)
+        self._check_copies(tensors, where)
+        rest = {rule.ours: rule for rule in self.rules}
+        for path, leaf in leaves:
+            if path not in rest:
+                raise UserError(
+                    "adapter path that no parameter has",
+                    path,
+                    f"the parameters are {', '.join(rule.ours for rule in self.rules)}",
+                )
+            rule = rest.pop(path)
+            for index, name in rule.names(self.sizes):
+                kernel = rule.to_ours(self._read(tensors, name, rule, where), self.sizes)
+                shape = Shape(rule.stack(self.sizes), leaf.a.shape[-2], leaf.b.shape[-1])
+                factors = factors_of(leaf, shape, index)
+                fused = (factors.a @ factors.b).reshape(kernel.shape)
+                fused += kernel.astype(np.float32, copy=False)
+                del kernel
+                fused = rule.to_theirs(fused.astype(DTYPES[dtype], copy=False), self.sizes)
+                fused = np.ascontiguousarray(fused)
+                yield name, fused
+                del fused
+        for rule in rest.values():
+            for _, name in rule.names(self.sizes):
+                tensor = self._read(tensors, name, rule, where).astype(DTYPES[dtype], copy=False)
+                yield name, tensor
+                del tensor
+
+    def _check_copies(self, tensors: Mapping[str, np.ndarray], where: str) -> None:
         for copy, original in self.copies.items():
             if copy in tensors and not np.array_equal(tensors[copy], tensors[original]):
                 raise UserError(
@@ -182,7 +254,6 @@ class RuleTable:
                     where,
                     "correct the config or the weights",
                 )
-        return trees.unflatten(flat)
 
     def _part(
         self, tensors, rule: Rule, dtype: Any, where: str, cut: tuple[slice, ...]
@@ -254,6 +325,14 @@ class RuleTable:
                 "use weights in float32, float16 or bfloat16",
             )
         return tensor
+
+    def export_shapes(self, dtypes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of all their tensors, from the dtypes of our leaves by path."""
+        return {
+            name: jax.ShapeDtypeStruct(rule.shape(self.sizes), dtypes[rule.ours])
+            for rule in self.rules
+            for _, name in rule.names(self.sizes)
+        }
 
     def export_tensors(self, params: Params) -> Iterator[tuple[str, np.ndarray]]:
         """Their tensors from our tree, one at a time, in the tree's dtype."""

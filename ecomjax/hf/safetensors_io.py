@@ -6,13 +6,15 @@ file ends in one clear line.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from ecomjax.errors import UserError
@@ -41,6 +43,28 @@ _BYTES = {
     "I64": 8,
     "F64": 8,
 }
+
+_DTYPES = {
+    np.dtype(dtype): name
+    for dtype, name in (
+        (np.bool_, "BOOL"),
+        (np.uint8, "U8"),
+        (np.int8, "I8"),
+        (np.int16, "I16"),
+        (np.uint16, "U16"),
+        (np.float16, "F16"),
+        (ml_dtypes.bfloat16, "BF16"),
+        (np.int32, "I32"),
+        (np.uint32, "U32"),
+        (np.float32, "F32"),
+        (np.float64, "F64"),
+        (np.int64, "I64"),
+        (np.uint64, "U64"),
+    )
+}
+"""What is written; the library puts the last of them first, so that all are aligned."""
+
+_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
 
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npy", ".npz", ".h5", ".msgpack")
 
@@ -196,49 +220,99 @@ def _check_extents(header: Any, data_bytes: int) -> dict[str, dict[str, Any]]:
 
 def write_folder(
     folder: str | os.PathLike[str],
+    shapes: Mapping[str, Any],
     tensors: Iterable[tuple[str, np.ndarray]],
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes `model.safetensors`, or shards and their index if it would be larger.
 
-    Tensors are taken from the iterable as needed; at most one shard is held at a time.
+    Args:
+        folder: exists.
+        shapes: what has a shape and a dtype, by the names of all tensors.
+        tensors: these tensors in any order; none is held longer than it takes to write it.
+        max_shard_bytes: a tensor that is larger has a shard of its own.
     """
     folder = Path(folder)
-    shards: list[list[str]] = []
-    held: dict[str, np.ndarray] = {}
-    held_bytes = total = 0
-
-    def flush() -> None:
-        write_file(folder / f".shard-{len(shards)}", held)
-        shards.append(list(held))
-        held.clear()
-
-    for name, tensor in tensors:
-        if held and held_bytes + tensor.nbytes > max_shard_bytes:
-            flush()
-            held_bytes = 0
-        held[name] = tensor
-        held_bytes += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    if len(shards) == 1:
-        os.replace(folder / ".shard-0", folder / SINGLE)
-        return
-    weight_map = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(folder / f".shard-{i}", folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    replace_file(folder / INDEX, json.dumps(index, indent=2))
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, shape in shapes.items():
+        if shards[-1] and held + _size(shape) > max_shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += _size(shape)
+    files = [SINGLE]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    with contextlib.ExitStack() as stack:
+        writers = {}
+        for file, names in zip(files, shards, strict=True):
+            write = stack.enter_context(_writing(folder / file, {n: shapes[n] for n in names}))
+            writers |= dict.fromkeys(names, write)
+        for name, tensor in tensors:
+            writers[name](name, tensor)
+            del tensor  # before the next one is made
+    if len(shards) > 1:
+        total = sum(map(_size, shapes.values()))
+        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        replace_file(folder / INDEX, json.dumps(index, indent=2))
 
 
-def write_file(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes one safetensors file under a temporary name, then renames."""
-    from safetensors.numpy import save_file
+def write_file(
+    path: str | os.PathLike[str],
+    shapes: Mapping[str, Any],
+    tensors: Iterable[tuple[str, np.ndarray]],
+) -> None:
+    """Writes one file under a temporary name, then renames; see `write_folder`."""
+    with _writing(Path(path), shapes) as write:
+        for name, tensor in tensors:
+            write(name, tensor)
+            del tensor  # before the next one is made
 
-    path = Path(path)
+
+@contextlib.contextmanager
+def _writing(path: Path, shapes: Mapping[str, Any]) -> Iterator[Callable[[str, np.ndarray], None]]:
+    """Yields what writes a tensor to its place in a file, whose header stands already.
+
+    The file is byte by byte the one that the library writes.
+    """
+    names = sorted(shapes, key=lambda name: (-_RANK[np.dtype(shapes[name].dtype)], name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places, end = {}, 0
+    for name in names:
+        places[name], end = end, end + _size(shapes[name])
+        header[name] = {
+            "dtype": _DTYPES[np.dtype(shapes[name].dtype)],
+            "shape": list(shapes[name].shape),
+            "data_offsets": [places[name], end],
+        }
+    told = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    told += b" " * (-len(told) % 8)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    save_file(contiguous, temporary, metadata={"format": "pt"})
-    os.replace(temporary, path)
+    missing = set(names)
+
+    def write(name: str, tensor: np.ndarray) -> None:
+        expected = shapes[name]
+        if (tensor.shape, tensor.dtype) != (tuple(expected.shape), expected.dtype):
+            raise ValueError(f"{name}: {tensor.shape} {tensor.dtype}, announced was {expected}")
+        missing.remove(name)
+        file.seek(8 + len(told) + places[name])
+        file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+
+    try:
+        with open(temporary, "wb") as file:
+            file.write(len(told).to_bytes(8, "little") + told)
+            yield write
+            if missing:
+                raise ValueError(f"{path}: tensor {min(missing)!r} was not written")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _size(shape: Any) -> int:
+    """Bytes of what has a shape and a dtype."""
+    return math.prod(shape.shape) * np.dtype(shape.dtype).itemsize

@@ -178,7 +178,8 @@ def test_transformers_loads_what_we_save(model_type, end, tmp_path):
     pytest.importorskip("torch")
     config = our_config(model_type, end)
     params = random_params(config)
-    write_folder(tmp_path, families.rule_table(config).export_tensors(params), 10**9)
+    tensors = dict(families.rule_table(config).export_tensors(params))
+    write_folder(tmp_path, tensors, tensors.items())
     fields = json.dumps(families.config_to_hf(config))
     (tmp_path / "config.json").write_text(fields)
     # Its pooler is no part of an encoder here.
@@ -206,7 +207,7 @@ def test_the_encoder_of_a_published_base(model_type, end, old_names, tmp_path):
         held = SafetensorsFolder(tmp_path)
         old = {_old_name(name): held[name].copy() for name in held}
         old |= {f"{model_type}.embeddings.position_ids": np.arange(21)[None].astype(np.float32)}
-        write_folder(tmp_path, iter(old.items()), 10**9)
+        write_folder(tmp_path, old, old.items())
     config, params = load(tmp_path)
     assert config == our_config(model_type)
     assert_close(our_output(config, params), torch_output(model.base_model, model_type))
@@ -220,7 +221,8 @@ def _old_name(name):
 def test_bfloat16_weights(tmp_path):
     config = our_config("bert", param_dtype="bfloat16")
     params = jax.tree.map(lambda x: x.astype("bfloat16"), random_params(config))
-    write_folder(tmp_path, families.rule_table(config).export_tensors(params), 10**9)
+    tensors = dict(families.rule_table(config).export_tensors(params))
+    write_folder(tmp_path, tensors, tensors.items())
     (tmp_path / "config.json").write_text(json.dumps(families.config_to_hf(config)))
     again, same = load(tmp_path, "bfloat16")
     assert again == config

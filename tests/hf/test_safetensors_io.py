@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import time
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +12,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ecomjax.errors import UserError
-from ecomjax.hf.safetensors_io import INDEX, SINGLE, SafetensorsFolder, check_header, write_folder
+from ecomjax.hf.safetensors_io import (
+    INDEX,
+    SINGLE,
+    SafetensorsFolder,
+    check_header,
+    write_file,
+    write_folder,
+)
 
 TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -39,19 +47,70 @@ def test_reads_what_the_library_writes(tmp_path):
         np.testing.assert_array_equal(weights[name], tensor)
 
 
-def test_one_file_where_it_fits(tmp_path):
-    write_folder(tmp_path, TENSORS.items())
-    assert os.listdir(tmp_path) == [SINGLE]
-    np.testing.assert_array_equal(load_file(tmp_path / SINGLE)["c"], TENSORS["c"])
+ORDERS = {"in order": list(TENSORS), "backwards": list(TENSORS)[::-1]}
 
 
-def test_shards_and_their_index(tmp_path):
-    write_folder(tmp_path, TENSORS.items(), max_shard_bytes=24)
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_one_file_where_it_fits(tmp_path, order):
+    """Byte by byte the file of the library, in whatever order tensors come."""
+    save_file(TENSORS, tmp_path / "theirs", metadata={"format": "pt"})
+    (tmp_path / "model").mkdir()
+    write_folder(tmp_path / "model", TENSORS, ((name, TENSORS[name]) for name in order))
+    assert os.listdir(tmp_path / "model") == [SINGLE]
+    assert (tmp_path / "model" / SINGLE).read_bytes() == (tmp_path / "theirs").read_bytes()
+    np.testing.assert_array_equal(load_file(tmp_path / "model" / SINGLE)["c"], TENSORS["c"])
+
+
+def test_every_dtype_and_strange_names_are_written_as_by_the_library(tmp_path):
+    kinds = "bool uint8 int8 int16 uint16 float16 int32 uint32 float32 float64 int64 uint64"
+    tensors = {f'{kind} "é"': np.ones((2, 3), kind) for kind in kinds.split()}
+    tensors |= {"bfloat16": np.ones(5, ml_dtypes.bfloat16), "none": np.zeros((0, 3), np.float32)}
+    tensors["turned"] = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    save_file({k: v.copy("C") for k, v in tensors.items()}, tmp_path / "theirs", {"format": "pt"})
+    write_file(tmp_path / "ours", tensors, tensors.items())
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_shards_and_their_index(tmp_path, order):
+    write_folder(tmp_path, TENSORS, ((name, TENSORS[name]) for name in order), max_shard_bytes=24)
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) == 3
     assert not list(tmp_path.glob(".*"))
     weights = SafetensorsFolder(tmp_path)
     for name, tensor in TENSORS.items():
         np.testing.assert_array_equal(weights[name], tensor)
+
+
+def test_one_tensor_is_held_at_a_time(tmp_path):
+    """Each is let go before the next is made."""
+    shapes = {str(i): np.empty((64, 1024), np.float32) for i in range(8)}
+
+    def tensors():
+        for name in shapes:
+            tracemalloc.reset_peak()
+            tensor = np.ones((64, 1024), np.float32)
+            yield name, tensor
+            del tensor
+            assert tracemalloc.get_traced_memory()[1] - before < 1.5 * 64 * 1024 * 4
+
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        write_folder(tmp_path, shapes, tensors(), max_shard_bytes=2**20)
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_was_not_announced_leaves_no_file(tmp_path):
+    (tmp_path / "model").mkdir()
+    given = {
+        "was not written": {"a": TENSORS["a"]},
+        "announced": {**TENSORS, "a": TENSORS["b"]},
+    }
+    for message, tensors in given.items():
+        with pytest.raises(ValueError, match=message):
+            write_folder(tmp_path / "model", TENSORS, tensors.items())
+        assert not os.listdir(tmp_path / "model")
 
 
 @pytest.mark.parametrize(
