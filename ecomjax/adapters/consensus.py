@@ -50,16 +50,22 @@ def elect(
     the sum is 0. n is the number of those that agree, or the sum of their weights, or 1. An
     entry that was dropped is 0, agrees with no sign and does not count.
     """
-    loudness = weights if voices == "weighted" else [1.0] * len(weights)
-    heard = [np.float32(f) * delta for f, delta in zip(loudness, deltas, strict=True)]
-    ballots = [np.sign(voice) for voice in heard] if votes == "frequency" else heard
+    weighted = voices == "weighted"
+    if weighted:
+        deltas = [np.float32(f) * delta for f, delta in zip(weights, deltas, strict=True)]
+    ballots = [np.sign(voice) for voice in deltas] if votes == "frequency" else deltas
     elected = np.where(sum(ballots) >= 0, np.float32(1), np.float32(-1))
     total, count = np.zeros_like(deltas[0]), np.zeros_like(deltas[0])
-    for delta, weight, voice in zip(deltas, weights, heard, strict=True):
-        agrees = (np.sign(voice) == elected).astype(np.float32)
-        total += np.float32(weight) * delta * agrees
-        count += agrees * np.float32(weight if normalise == "weights" else 1.0)
-    return total if normalise == "none" else total / np.where(count == 0, np.float32(1), count)
+    agreeing = np.empty_like(total)
+    for voice, weight in zip(deltas, weights, strict=True):
+        np.maximum(np.multiply(voice, elected, out=agreeing), np.float32(0), out=agreeing)
+        total += agreeing if weighted else np.float32(weight) * agreeing
+        if normalise != "none":
+            count += (agreeing > 0) * np.float32(weight if normalise == "weights" else 1.0)
+    total *= elected
+    if normalise != "none":
+        total /= np.where(count == 0, np.float32(1), count)
+    return total
 
 
 def spherical(terms: Sequence[Factors], weights: Sequence[float], name: str) -> tuple[float, float]:

@@ -13,14 +13,12 @@ import numpy as np
 from jaxtyping import Float
 
 from ecomjax import trees
+from ecomjax.adapters.blocks import BLOCK, row_blocks
 from ecomjax.errors import UserError
 from ecomjax.typing import Adapter, LowRank
 
 OVERSAMPLING = 10
 """Directions sketched beyond the rank, as Halko et al. advise."""
-
-BLOCK = 2**20
-"""Entries of a dense matrix worked on at once where that saves a copy of it."""
 
 
 class Factors(NamedTuple):
@@ -180,14 +178,12 @@ def approximate(
 
 def relative_error(matrix: Float[np.ndarray, "d_in d_out"], near: Factors) -> float:
     """|matrix - a b| / |matrix| in the Frobenius norm; 0 for a matrix of zeros."""
-    rest = norm = 0.0
-    for rows in row_blocks(matrix.shape):
-        rest += float(np.linalg.norm(matrix[rows] - near.a[rows] @ near.b)) ** 2
-        norm += float(np.linalg.norm(matrix[rows])) ** 2
+
+    def squares(rows: slice) -> tuple[float, float]:
+        rest = matrix[rows] - near.a[rows] @ near.b
+        return float(np.linalg.norm(rest)) ** 2, float(np.linalg.norm(matrix[rows])) ** 2
+
+    # Products of matrices use all cores as they are, if they are large.
+    blocks = row_blocks(matrix.shape, 32 * BLOCK)
+    rest, norm = np.sum([squares(rows) for rows in blocks], axis=0)
     return float(np.sqrt(rest / norm)) if norm else 0.0
-
-
-def row_blocks(shape: tuple[int, ...]) -> list[slice]:
-    """Slices of whole rows, at most about `BLOCK` entries each."""
-    rows = max(1, BLOCK // shape[1])
-    return [slice(start, start + rows) for start in range(0, shape[0], rows)]

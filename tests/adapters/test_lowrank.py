@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from ecomjax.adapters.blocks import row_blocks
 from ecomjax.adapters.lowrank import (
     Factors,
     add,
@@ -10,7 +11,6 @@ from ecomjax.adapters.lowrank import (
     inner,
     refactor,
     relative_error,
-    row_blocks,
     shapes_of,
 )
 from ecomjax.errors import UserError

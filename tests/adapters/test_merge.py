@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import pytest
 
 from ecomjax import trees
 from ecomjax.adapters import merge as merging
-from ecomjax.adapters.merge import LAWS, METHODS, Options, merge, merge_kernels, overall_error
+from ecomjax.adapters.merge import merge, overall_error, plan
+from ecomjax.adapters.methods import LAWS, METHODS, Options, unread
 from ecomjax.errors import UserError
 from ecomjax.typing import LowRank
 
@@ -359,8 +361,10 @@ def test_the_report_has_the_norms():
 def test_every_matrix_is_told_and_inputs_stay_as_they_are():
     told, adapters = [], three()
     copies = jax.tree.map(np.copy, adapters)
-    kernels = list(merge_kernels(adapters, WEIGHTS, "ties", on_matrix=told.append))
-    assert [path for path, *_ in kernels] == sorted(SHAPES)
+    planned = plan(adapters, WEIGHTS, "ties")
+    assert set(planned.shapes) == set(SHAPES)
+    for path in planned.shapes:
+        planned.kernel(path, told.append)
     assert len(told) == 3 + 6 + 1
     assert {"head", "layers_2/q/kernel", "layers_1/up/kernel[1]"} <= set(told)
     jax.tree.map(np.testing.assert_array_equal, adapters, copies)
@@ -443,4 +447,66 @@ def test_bad_adapters_are_refused_before_anything_is_merged():
     bad = make(2)
     bad["layers"]["up"]["kernel"].b[2, 1, 0, 0] = np.inf
     with pytest.raises(UserError, match=r"infinity.*layers/up/kernel.*adapter 1"):
-        next(merge_kernels([make(1), bad], [1.0, 1.0], "linear"))
+        plan([make(1), bad], [1.0, 1.0], "linear")
+
+
+@pytest.mark.parametrize("name", ["concatenation", "svd", "ties"])
+def test_a_plan_says_what_comes_out(name):
+    planned = plan(three(), WEIGHTS, name)
+    for path in planned.shapes:
+        wanted, (made, _) = planned.result(path), planned.kernel(path)
+        for field in ("a", "b", "scale"):
+            announced, array = getattr(wanted, field), getattr(made, field)
+            assert (announced.shape, announced.dtype) == (array.shape, array.dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("linear", {"density": 0.2, "elect": "unweighted"}, ["density", "elect"]),
+        ("concatenation", {"rank": 3}, ["rank"]),
+        ("slerp", {"normalise": "count", "rank": 3}, ["normalise"]),
+        ("ties", {"gamma": 0.1, "density": 0.2, "votes": "frequency"}, ["gamma"]),
+        ("breadcrumbs", {"gamma": 0.1, "epsilon": 0.2, "votes": "frequency"}, ["epsilon", "votes"]),
+        ("della", {"epsilon": 0.2, "rescale": "none"}, []),
+        ("linear", {"density": 0.5}, []),
+    ],
+)
+def test_options_that_a_method_does_not_read(name, changes, expected):
+    assert unread(name, Options(**changes)) == expected
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_option_that_is_not_read_changes_nothing(name):
+    """The table of `unread` against the methods themselves."""
+    changed = {"density": 0.3, "gamma": 0.2, "epsilon": 0.3, "rescale": "l1"}
+    changed |= {"elect": "unweighted", "votes": "frequency", "normalise": "count"}
+    adapters, weights = (three()[:2], [0.2, 0.7])
+    plain = merge(adapters, weights, name, options_for(name)).adapter
+    for option, value in changed.items():
+        options = options_for(name, **{option: value})
+        if unread(name, options):
+            ours = merge(adapters, weights, name, options).adapter
+            jax.tree.map(np.testing.assert_array_equal, ours, plain)
+
+
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.space == "dense"])
+def test_one_matrix_for_each_adapter_and_two_more_are_held(name):
+    """Beside the result, which is of low rank."""
+    rng, side, count = np.random.default_rng(0), 1500, 3
+    leaves = [
+        LowRank(
+            a=rng.standard_normal((2, side, 2), np.float32),
+            b=rng.standard_normal((2, 2, side), np.float32),
+            scale=np.ones(2, np.float32),
+        )
+        for _ in range(count)
+    ]
+    planned = plan([{"layers": {"q": leaf}} for leaf in leaves], [1.0] * count, name)
+    tracemalloc.start()
+    try:
+        planned.kernel("layers/q")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count * side**2 * 4 < peak < (count + 2) * side**2 * 4
