@@ -1,6 +1,7 @@
-"""Measures ecomjax beside a peer that does the same work, after showing that it is the same.
+"""Measures ecomjax, after showing that it does what it should: beside a peer, or beside limits.
 
 python -m launch.benchmark packing [--data=DIR] [--json]
+python -m launch.benchmark merge_7b [--methods=linear,concatenation,svd,ties,dare_ties] [--json]
 """
 
 import json
@@ -14,7 +15,8 @@ from launch.command import errors_in_one_line
 DATA = flags.DEFINE_string(
     "data", "../shared/data", "Folder of real data, DIR/<task>/train.jsonl; or synthetic."
 )
-JSON = flags.DEFINE_bool("json", False, "Whether the last line is one JSON object.")
+METHODS = flags.DEFINE_list("methods", [], "Of merge_7b; all of them if none is named.")
+JSON = flags.DEFINE_bool("json", False, "Whether each result is told as a line of JSON too.")
 
 
 def parse(argv):
@@ -37,13 +39,11 @@ def main(argv):
     with errors_in_one_line():
         from ecomjax.experiments import benchmark
 
-        for result in benchmark.run(argv[1:], DATA.value):
-            print(
-                f"{result.name}: ours {result.ours:.4g}, peer {result.peer:.4g} {result.unit}; "
-                f"ratio {result.ours / result.peer:.3f}, target at most {result.target}"
-            )
+        methods = {"methods": METHODS.value} if METHODS.value else {}
+        for result in benchmark.run(argv[1:], DATA.value, **methods):
+            print(result, flush=True)
             if JSON.value:
-                print(json.dumps(result.to_dict()))
+                print(json.dumps(result.to_dict()), flush=True)
 
 
 if __name__ == "__main__":

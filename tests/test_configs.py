@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 from ml_collections import ConfigDict
 
-from configs import common, finetune, icl, models, study
+from configs import common, finetune, icl, merged, models, study
 from ecomjax.experiments.config import from_config, to_dict
 from ecomjax.hf import presets
 
@@ -16,6 +16,8 @@ ALL = [
     ),
     (study, "quickstart"),
     (study, "smoke"),
+    (merged, ""),
+    (merged, "llama2_7b"),
 ]
 
 
@@ -78,6 +80,7 @@ def test_smoke_is_smaller():
         (icl, "esci,fast", "configs/icl.py:esci,smoke"),
         (icl, "esci,smoke,llama9", "configs/models.py"),
         (study, "queryner", "configs/study.py:quickstart"),
+        (merged, "llama9", "configs/merged.py:llama2_7b"),
     ],
 )
 def test_an_unknown_argument_lists_the_known_ones(module, arg, told):

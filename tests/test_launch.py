@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FINETUNE = "--config=configs/finetune.py:esci"
+MERGED = "--config=configs/merged.py"
 
 
 def call(main, *arguments, status):
@@ -23,14 +24,14 @@ def call(main, *arguments, status):
     return done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("main", ["train", "evaluate", "study"])
+@pytest.mark.parametrize("main", ["train", "evaluate", "merge", "study"])
 def test_help_shows_the_flags(main):
     out, _ = call(main, "--help", status=0)
     assert f"python -m launch.{main}" in out
     assert "--config" in out and "--workdir" in out
 
 
-@pytest.mark.parametrize("main", ["train", "evaluate", "study"])
+@pytest.mark.parametrize("main", ["train", "evaluate", "merge", "study"])
 def test_help_is_fast_because_jax_is_not_imported(main):
     code = (
         f"import sys, launch.{main}; print(sorted({{'jax', 'flax', 'orbax'}} & set(sys.modules)))"
@@ -68,6 +69,25 @@ def test_help_is_fast_because_jax_is_not_imported(main):
         ("train", [FINETUNE, "--workdir=w", "--config.adapter.rank=big"], "config.adapter.rank"),
         ("train", [FINETUNE, "--workdir=w", "--config.adapter.rank.x=1"], "adapter.rank.x"),
         ("study", [FINETUNE, "--workdir=w"], "configs/study.py"),
+        ("merge", [FINETUNE, "--workdir=w"], "configs/merged.py"),
+        ("merge", ["--config=configs/merged.py:x", "--workdir=w"], "configs/merged.py:llama2_7b"),
+        ("merge", [MERGED, "--workdir=w"], "no adapters: config.adapters"),
+        (
+            "merge",
+            [MERGED, "--workdir=w", "--config.adapters=('no/such','b')"],
+            "no such folder: no/such",
+        ),
+        (
+            "merge",
+            [MERGED, "--workdir=w", "--config.options.density=0.0"],
+            "config.options.density",
+        ),
+        ("merge", [MERGED, "--workdir=w", "--config.weights=('a','b')"], "config.weights[0]"),
+        (
+            "merge",
+            [MERGED, "--workdir=w", "--config.weights_by_layer=((1,2),('x',))"],
+            "config.weights_by_layer[1][0]",
+        ),
         ("study", ["--config=configs/study.py:all", "--workdir=w"], "configs/study.py:quickstart"),
         (
             "evaluate",
@@ -129,14 +149,16 @@ def test_a_defect_keeps_its_traceback():
 
 def test_benchmark_shows_what_it_takes():
     out, _ = call("benchmark", "--help", status=0)
-    assert "python -m launch.benchmark packing" in out and "--json" in out
+    for told in ("python -m launch.benchmark packing", "benchmark merge_7b", "--json"):
+        assert told in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         ([], "no benchmark named"),
-        (["speed"], "unknown benchmark 'speed': launch.benchmark; known: packing"),
+        (["speed"], "unknown benchmark 'speed': launch.benchmark; known: packing, merge_7b"),
+        (["merge_7b", "--methods=linear,tiez"], "unknown method 'tiez': --methods; known: linear"),
         (["packing", "--jsn"], "jsn"),
         (["packing", "--data=no/such"], "no such folder"),
     ],

@@ -14,7 +14,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -123,7 +123,7 @@ class Plan:
         ranks = [leaf[path].a.shape[-1] for leaf in self.leaves if path in leaf]
         rank = self.options.rank or (sum(ranks) if self.row.rank == "sum" else max(ranks))
         shapes = (*stack, d_in, rank), (*stack, rank, d_out), stack
-        a, b, scale = (jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)
+        a, b, scale = (cast(Any, jax.ShapeDtypeStruct(shape, np.float32)) for shape in shapes)
         return LowRank(a=a, b=b, scale=scale)
 
     def kernel(
@@ -141,6 +141,7 @@ class Plan:
         leaves = [leaf.get(path) for leaf in self.leaves]
         a: Any = np.empty(wanted.a.shape, np.float32)
         b: Any = np.empty(wanted.b.shape, np.float32)
+        scale: Any = np.ones(shape.stack, np.float32)
         rank, squares, sizes = a.shape[-1], [], []
         for index in np.ndindex(shape.stack):
             name = matrix_name(path, index)
@@ -162,7 +163,7 @@ class Plan:
             relative_error=rest / norm if norm else 0.0,
             absent=tuple(number for number, leaf in enumerate(leaves) if leaf is None),
         )
-        return LowRank(a=a, b=b, scale=np.ones(shape.stack, np.float32)), report
+        return LowRank(a=a, b=b, scale=scale), report
 
 
 def plan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from ecomjax.data.packing import Packing, Plan, make_plan
 from ecomjax.data.pipeline import StepSource
 from ecomjax.errors import UserError
 from ecomjax.experiments.assembly import Base, load_base, load_encoded, make_predictor, say
+from ecomjax.experiments.benchmark_merge import METHODS_7B, MergeResult, merge_7b
 from ecomjax.experiments.config import DataConfig, EvaluationConfig, ModelConfig, TaskConfig
 from ecomjax.tasks.registry import get_task
 from ecomjax.training.losses import causal_lm
@@ -61,6 +62,12 @@ class Result:
     target: float
     samples: int
     details: dict[str, Any]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: ours {self.ours:.4g}, peer {self.peer:.4g} {self.unit}; "
+            f"ratio {self.ours / self.peer:.3f}, target at most {self.target}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """What is printed as JSON."""
@@ -236,13 +243,28 @@ def _summed_loss(loss: Callable[..., Any]) -> Callable[..., Any]:
     return of_step
 
 
-BENCHMARKS: dict[str, Callable[[str], Result]] = {"packing": packing}
+BENCHMARKS: dict[str, Callable[[str, Sequence[str]], Iterable[Result | MergeResult]]] = {
+    "packing": lambda data, _: [packing(data)],
+    "merge_7b": lambda _, methods: merge_7b(methods),
+}
 
 
-def run(names: Sequence[str], data: str) -> list[Result]:
-    """The results of some benchmarks; UserError where there is none of a name."""
+def run(
+    names: Sequence[str], data: str, methods: Sequence[str] = METHODS_7B
+) -> Iterator[Result | MergeResult]:
+    """The results of some benchmarks, as they are found.
+
+    Args:
+        names: keys of `BENCHMARKS`.
+        data: see `packing`.
+        methods: see `merge_7b`.
+
+    Raises:
+        UserError: there is no benchmark of a name, and what the benchmarks raise.
+    """
     for name in names:
         if name not in BENCHMARKS:
             known = ", ".join(BENCHMARKS)
             raise UserError(f"unknown benchmark '{name}'", "launch.benchmark", f"known: {known}")
-    return [BENCHMARKS[name](data) for name in names]
+    for name in names:
+        yield from BENCHMARKS[name](data, methods)

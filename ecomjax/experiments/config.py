@@ -252,8 +252,52 @@ class StudyConfig:
     """A run that shows that everything works, on too little of everything to be a result."""
 
 
-Config = FinetuneConfig | IclConfig | StudyConfig
-EXPERIMENTS: dict[str, type] = {"finetune": FinetuneConfig, "icl": IclConfig, "study": StudyConfig}
+@dataclasses.dataclass(frozen=True)
+class MergeOptionsConfig:
+    """What a method of merging leaves open, see `adapters.methods.Options`."""
+
+    rank: Count = 0
+    """Of the result; 0: the default of the method."""
+    density: Annotated[float, Interval(0.0, 1.0, open_low=True)] = 0.5
+    gamma: Rate = 0.01
+    epsilon: Annotated[float, Interval(0.0, 1.0)] = 0.1
+    rescale: Literal["expectation", "l1", "none"] = "expectation"
+    elect: Literal["weighted", "unweighted"] = "weighted"
+    votes: Literal["total", "frequency"] = "total"
+    normalise: Literal["method", "weights", "count", "none"] = "method"
+    """What the sum is divided by; method: what the method divides by."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedConfig:
+    """Several adapters merged into one, or into the base."""
+
+    experiment: Literal["merged"]
+    model: ModelConfig
+    """The base: its shape alone, unless it is fused, which its weights are needed for."""
+    adapters: tuple[str, ...] = ()
+    """Folders in the layout of PEFT, or run folders that hold one."""
+    method: str = "linear"
+    """As in `adapters/methods.py`."""
+    weights: tuple[float, ...] = ()
+    """One for each adapter; empty: all adapters count alike, and together as one."""
+    weights_by_layer: tuple[tuple[float, ...], ...] = ()
+    """Instead of them: for each adapter, one for each layer."""
+    options: MergeOptionsConfig = dataclasses.field(default_factory=MergeOptionsConfig)
+    seed: Count = 0
+    output: Literal["adapter", "model"] = "adapter"
+    """What is written: an adapter, or the base with it fused in."""
+    any_base: bool = False
+    """Whether adapters may be of different bases, or of another one than the model."""
+
+
+Config = FinetuneConfig | IclConfig | StudyConfig | MergedConfig
+EXPERIMENTS: dict[str, type] = {
+    "finetune": FinetuneConfig,
+    "icl": IclConfig,
+    "study": StudyConfig,
+    "merged": MergedConfig,
+}
 
 
 def from_config(config: Mapping[str, Any] | ConfigDict) -> Config:
@@ -275,6 +319,8 @@ def from_config(config: Mapping[str, Any] | ConfigDict) -> Config:
         _check_study(result)
     if isinstance(result, FinetuneConfig):
         _check_tasks(result)
+    if isinstance(result, MergedConfig):
+        return result
     if result.data.source == "local" and not result.data.path:
         raise UserError("empty folder", "config.data.path", "name the folder of the local data")
     return result

@@ -5,6 +5,7 @@ run.json                            run id, and for every start of the command: 
                                     versions, devices, what else the experiment tells
 checkpoints/                        training state, see `ecomjax.training.checkpoint`
 adapter/                            the adapter in PEFT layout
+model/, merge.json                  a base with adapters fused in; how adapters were merged
 metrics.jsonl, tensorboard/         see `ecomjax.training.writers`
 eval/<task>/<split>.metrics.json    scores, and .predictions.jsonl the examples behind them
 runs/<name>/                        run folders of a study, beside its results.jsonl, report.md
@@ -56,6 +57,8 @@ class Workdir:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
+        self.model = self.path / "model"
+        self.merge = self.path / "merge.json"
         self.results = self.path / "results.jsonl"
         self.report = self.path / "report.md"
         self.lock = self.path / ".lock"

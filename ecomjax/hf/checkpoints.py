@@ -155,7 +155,7 @@ def open_pretrained(model: str, path: str = "", param_dtype: str = "float32") ->
     return _open(model, "hub", folder, param_dtype)
 
 
-def load_config(model: str, path: str = "") -> ModelConfig:
+def load_config(model: str, path: str = "") -> Any:
     """The config of a model, without its weights: of a preset, or of a folder or GGUF file.
 
     Args:
@@ -293,7 +293,7 @@ def save_pretrained(
 def save_fused(
     folder: str | os.PathLike[str],
     opened: Opened,
-    leaves: Iterable[tuple[str, LowRank]],
+    leaves: Mapping[str, LowRank],
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """`save_pretrained` of a base with an adapter fused into it, tensor by tensor.
@@ -301,8 +301,7 @@ def save_fused(
     Args:
         folder: made, or replaced if it holds a model.
         opened: the base.
-        leaves: kernels of the adapter by path, layers stacked; each is taken when those
-            before it are written.
+        leaves: see `RuleTable.fuse_tensors`.
         max_shard_bytes: see `write_folder`.
     """
     table, dtype = opened.table, opened.config.param_dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -45,7 +46,7 @@ def replace_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(folder).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=_scratch(target), dir=target.parent))
     try:
         new, old = scratch / "new", scratch / "old"
         new.mkdir()
@@ -65,6 +66,21 @@ def replace_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         os.rename(new, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Removes what `replace_folder` left beside `folder` when it was killed.
+
+    For who knows that nobody else is writing there.
+    """
+    target = Path(folder).absolute()
+    for path in target.parent.glob(f"{glob.escape(_scratch(target))}*"):
+        shutil.rmtree(path)
+
+
+def _scratch(target: Path) -> str:
+    """How the names of folders begin that something is put together in."""
+    return f".{target.name[:100]}.new-"
 
 
 def sha256_of(paths: Iterable[str | os.PathLike[str]]) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from ecomjax import trees
@@ -32,6 +33,9 @@ from ecomjax.typing import Adapter, LowRank
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base.json"
+
+_ORIGIN = ("name", "source", "sha256", "fingerprint")
+"""What the last says of a base."""
 
 _READ = {
     "r",
@@ -81,28 +85,55 @@ def write_adapter(
         config: of the base.
         base: which weights the base is.
     """
+    leaves = trees.flatten(adapter)
+    write_leaves(folder, leaves, leaves, config, base)
+
+
+def write_leaves(
+    folder: str | os.PathLike[str],
+    expected: Mapping[str, LowRank],
+    leaves: Mapping[str, LowRank],
+    config: ModelConfig,
+    base: Identity | None,
+) -> None:
+    """`write_adapter`, kernel by kernel: each is written before the next is asked for.
+
+    Args:
+        folder: see `write_adapter`.
+        expected: kernels by path, of which shapes, dtypes and dropout are read.
+        leaves: the kernels themselves, by the same paths.
+        config: see `write_adapter`.
+        base: see `write_adapter`; None where that is not known, and then not said.
+    """
     table = families.rule_table(config)
     rules = {rule.ours: rule for rule in table.rules if rule.linear}
-    leaves: dict[str, LowRank] = trees.flatten(adapter)
-    tensors: dict[str, np.ndarray] = {}
+    shapes: dict[str, jax.ShapeDtypeStruct] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for path, leaf in leaves.items():
+    for path, leaf in expected.items():
+        rank = leaf.a.shape[-1]
+        ranks |= {target: rank for target in _targets(rules[path], table)}
+        for _, module in _modules(rules[path], table):
+            for name, shape, factor in zip(
+                _names(module), _shapes(rules[path], table, rank), (leaf.a, leaf.b), strict=True
+            ):
+                shapes[name] = jax.ShapeDtypeStruct(shape, factor.dtype)
+
+    def tensors_of(path: str, leaf: LowRank) -> Iterator[tuple[str, np.ndarray]]:
         a, b, scale = (np.asarray(x) for x in (leaf.a, leaf.b, leaf.scale))
-        rank, targets = a.shape[-1], _targets(rules[path], table)
         found = {}
         for index, module in _modules(rules[path], table):
-            for name, shape, factor in zip(
-                _names(module), _shapes(rules[path], table, rank), (a, b), strict=True
-            ):
-                tensors[name] = np.ascontiguousarray(factor[index].T)
-                _check_tensor(tensors[name], name, shape, str(folder))
-            found[module] = _alpha(float(scale[index]), rank)
-        ranks |= {target: rank for target in targets}
+            for name, factor in zip(_names(module), (a, b), strict=True):
+                tensor = np.ascontiguousarray(factor[index].T)
+                _check_tensor(tensor, name, shapes[name].shape, str(folder))
+                yield name, tensor
+            found[module] = _alpha(float(scale[index]), a.shape[-1])
         uniform = len(set(found.values())) == 1
         alpha = next(iter(found.values()))
-        alphas |= {target: alpha for target in targets} if uniform else found
-    dropouts = {leaf.dropout for leaf in leaves.values()}
+        targets = _targets(rules[path], table)
+        alphas.update({target: alpha for target in targets} if uniform else found)
+
+    dropouts = {leaf.dropout for leaf in expected.values()}
     if len(dropouts) != 1:
         raise UserError(
             f"adapter has the dropout rates {sorted(dropouts)}",
@@ -111,35 +142,37 @@ def write_adapter(
         )
     (architecture,) = families.config_to_hf(config)["architectures"]
     task_types = [kind for end, kind in _TASK_TYPES.items() if architecture.endswith(end)]
-    fields = {
-        "peft_type": "LORA",
-        "task_type": task_types[0] if task_types else "FEATURE_EXTRACTION",
-        "base_model_name_or_path": _reference(base),
-        "inference_mode": True,
-        "target_modules": sorted(ranks),
-        "r": _commonest(ranks),
-        "rank_pattern": {k: v for k, v in ranks.items() if v != _commonest(ranks)},
-        "lora_alpha": _commonest(alphas),
-        "alpha_pattern": {k: v for k, v in alphas.items() if v != _commonest(alphas)},
-        "lora_dropout": dropouts.pop(),
-        "bias": "none",
-        "fan_in_fan_out": not all(rules[path].transposed for path in leaves),
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "use_dora": False,
-        "use_rslora": False,
-    }
-    origin = {key: getattr(base, key) for key in ("name", "source", "sha256", "fingerprint")}
     with replace_folder(folder) as new:
-        write_file(new / WEIGHTS, tensors, tensors.items())
+        tensors = (pair for path in expected for pair in tensors_of(path, leaves[path]))
+        write_file(new / WEIGHTS, shapes, tensors)
+        fields = {
+            "peft_type": "LORA",
+            "task_type": task_types[0] if task_types else "FEATURE_EXTRACTION",
+            "base_model_name_or_path": None if base is None else _reference(base),
+            "inference_mode": True,
+            "target_modules": sorted(ranks),
+            "r": _commonest(ranks),
+            "rank_pattern": {k: v for k, v in ranks.items() if v != _commonest(ranks)},
+            "lora_alpha": _commonest(alphas),
+            "alpha_pattern": {k: v for k, v in alphas.items() if v != _commonest(alphas)},
+            "lora_dropout": dropouts.pop(),
+            "bias": "none",
+            "fan_in_fan_out": not all(rules[path].transposed for path in leaves),
+            "init_lora_weights": True,
+            "modules_to_save": None,
+            "use_dora": False,
+            "use_rslora": False,
+        }
         replace_file(new / CONFIG, json.dumps(fields, indent=2))
-        replace_file(new / BASE, json.dumps(origin, indent=2))
+        if base is not None:
+            origin = {key: getattr(base, key) for key in _ORIGIN}
+            replace_file(new / BASE, json.dumps(origin, indent=2))
 
 
 def read_adapter(
     folder: str | os.PathLike[str],
     config: ModelConfig,
-    base: Identity,
+    base: Identity | None = None,
     any_base: bool = False,
 ) -> Adapter:
     """Reads an adapter that we or PEFT wrote, into numpy arrays.
@@ -147,12 +180,13 @@ def read_adapter(
     Args:
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
         config: of the base it is to be used with.
-        base: which weights that base is; another one than at writing is an error,
+        base: which weights that base is, where they are loaded; another one than at writing is
+            an error,
         any_base: unless this is set. Adapters of PEFT do not say, and pass.
     """
     folder, table = Path(folder), families.rule_table(config)
     fields = _read_config(folder)
-    if not any_base:
+    if base and not any_base:
         _check_base(folder, base)
     weights = _weights(folder)
     held = set(check_header(weights))
@@ -173,6 +207,18 @@ def read_adapter(
         stray = f"tensor {min(held)!r} belongs to no target module" if held else "adapter is empty"
         raise UserError(stray, str(weights), "use an adapter of this model's architecture")
     return trees.unflatten(flat)
+
+
+def read_base(folder: str | os.PathLike[str]) -> Identity | None:
+    """Which base an adapter says that it belongs to; None if it does not say."""
+    folder = Path(folder)
+    if not (folder / BASE).is_file():
+        return None
+    origin = read_json(folder / BASE)
+    if not all(isinstance(origin.get(key), str) for key in _ORIGIN):
+        raise UserError(f"lacks one of {_ORIGIN}", str(folder / BASE), "fetch the adapter again")
+    path = read_json(folder / CONFIG).get("base_model_name_or_path")
+    return Identity(path=str(path), **{key: origin[key] for key in _ORIGIN})
 
 
 def _read_leaf(

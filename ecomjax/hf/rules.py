@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -199,52 +199,57 @@ class RuleTable:
     def fuse_tensors(
         self,
         tensors: Mapping[str, np.ndarray],
-        leaves: Iterable[tuple[str, LowRank]],
+        leaves: Mapping[str, LowRank],
         dtype: str,
         where: str,
     ) -> Iterator[tuple[str, np.ndarray]]:
         """Their tensors with the deltas of an adapter added, one at a time.
 
-        First come those that are adapted, as the leaves come, then the rest. A delta is added
-        to the tensor as it is stored, in float32, and the sum is rounded once.
+        A delta is added to the tensor as it is stored, in float32, and the sum is rounded once.
 
         Args:
             tensors: see `import_params`.
-            leaves: kernels of an adapter by path, layers stacked.
+            leaves: kernels of an adapter by path, layers stacked; each is asked for once, when
+                those before it are done.
             dtype: a key of `DTYPES`; of all that is yielded.
             where: the file or folder, for error messages.
 
         Raises:
             UserError: what `import_params` refuses; a path that no rule has.
         """
+        foreign = sorted(set(leaves) - {rule.ours for rule in self.rules})
+        if foreign:
+            raise UserError(
+                "adapter path that no parameter has",
+                foreign[0],
+                f"the parameters are {', '.join(rule.ours for rule in self.rules)}",
+            )
         tensors = self._as_spelled(tensors, where)
         self._check_names(tensors, where)
         self._check_copies(tensors, where)
-        rest = {rule.ours: rule for rule in self.rules}
-        for path, leaf in leaves:
-            if path not in rest:
-                raise UserError(
-                    "adapter path that no parameter has",
-                    path,
-                    f"the parameters are {', '.join(rule.ours for rule in self.rules)}",
-                )
-            rule = rest.pop(path)
+
+        def tensors_of(rule: Rule, leaf: LowRank | None) -> Iterator[tuple[str, np.ndarray]]:
             for index, name in rule.names(self.sizes):
-                kernel = rule.to_ours(self._read(tensors, name, rule, where), self.sizes)
-                shape = Shape(rule.stack(self.sizes), leaf.a.shape[-2], leaf.b.shape[-1])
-                factors = factors_of(leaf, shape, index)
-                fused = (factors.a @ factors.b).reshape(kernel.shape)
-                fused += kernel.astype(np.float32, copy=False)
-                del kernel
-                fused = rule.to_theirs(fused.astype(DTYPES[dtype], copy=False), self.sizes)
-                fused = np.ascontiguousarray(fused)
-                yield name, fused
-                del fused
-        for rule in rest.values():
-            for _, name in rule.names(self.sizes):
-                tensor = self._read(tensors, name, rule, where).astype(DTYPES[dtype], copy=False)
+                tensor = self._read(tensors, name, rule, where)
+                if leaf is not None:
+                    tensor = self._fused(tensor, rule, leaf, index)
+                tensor = np.ascontiguousarray(tensor.astype(DTYPES[dtype], copy=False))
                 yield name, tensor
-                del tensor
+                del tensor  # before the next one is read
+
+        for rule in self.rules:
+            yield from tensors_of(rule, leaves[rule.ours] if rule.ours in leaves else None)
+
+    def _fused(
+        self, tensor: np.ndarray, rule: Rule, leaf: LowRank, index: tuple[int, ...]
+    ) -> np.ndarray:
+        """tensor + delta in float32."""
+        kernel = rule.to_ours(tensor, self.sizes)
+        shape = Shape(rule.stack(self.sizes), leaf.a.shape[-2], leaf.b.shape[-1])
+        factors = factors_of(leaf, shape, index)
+        fused = (factors.a @ factors.b).reshape(kernel.shape)
+        fused += kernel.astype(np.float32, copy=False)
+        return rule.to_theirs(fused, self.sizes)
 
     def _check_copies(self, tensors: Mapping[str, np.ndarray], where: str) -> None:
         for copy, original in self.copies.items():

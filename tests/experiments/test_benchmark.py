@@ -66,6 +66,7 @@ def test_parity_does_not_pass_without_numbers(make_config, sequences):
 
 def test_what_is_printed_as_json_has_what_is_compared():
     result = benchmark.Result("packing", "tokens", 3.0, 12.0, 0.3, 100, {"rows": 1})
+    assert str(result) == "packing: ours 3, peer 12 tokens; ratio 0.250, target at most 0.3"
     told = json.loads(json.dumps(result.to_dict()))
     assert told["ratio"] == 0.25 and {"name", "ours", "peer", "target", "versions"} <= told.keys()
 
@@ -73,7 +74,7 @@ def test_what_is_printed_as_json_has_what_is_compared():
 def test_an_unknown_benchmark_is_told_before_any_is_run(monkeypatch):
     monkeypatch.setitem(benchmark.BENCHMARKS, "packing", None)
     with pytest.raises(UserError, match=r"unknown benchmark 'speed'.*known: packing"):
-        benchmark.run(["packing", "speed"], "synthetic")
+        list(benchmark.run(["packing", "speed"], "synthetic"))
 
 
 @pytest.mark.slow

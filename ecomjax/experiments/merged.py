@@ -1,0 +1,245 @@
+"""Adapters merged into one, or into their base, matrix by matrix; see `adapters.methods`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ecomjax import trees
+from ecomjax.adapters.merge import KernelReport, Plan, overall_error, plan
+from ecomjax.adapters.methods import Options, row_of, unread
+from ecomjax.adapters.weights import Weight
+from ecomjax.data.progress import counting
+from ecomjax.errors import UserError
+from ecomjax.experiments.assembly import say
+from ecomjax.experiments.config import MergedConfig
+from ecomjax.experiments.files import read_json, write_json
+from ecomjax.experiments.workdir import Workdir, machine
+from ecomjax.hf.checkpoints import Identity, load_config, open_pretrained, save_fused
+from ecomjax.hf.files import remove_leftovers, sha256_of
+from ecomjax.hf.peft import CONFIG, WEIGHTS, read_adapter, read_base, write_leaves
+from ecomjax.typing import Adapter, LowRank
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """An adapter that is merged.
+
+    Attributes:
+        folder: where it lies.
+        base: which base it says that it belongs to, if it does.
+        adapter: its kernels.
+        sha256: of the file of its weights.
+    """
+
+    folder: Path
+    base: Identity | None
+    adapter: Adapter
+    sha256: str
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted({leaf.a.shape[-1] for leaf in trees.flatten(self.adapter).values()})
+
+
+def run(config: MergedConfig, workdir: str) -> None:
+    """Merges adapters; what is merged stays merged, what was interrupted begins anew.
+
+    The run folder then holds `adapter/`, or `model/` with the adapters fused into their base,
+    and `merge.json`, which says how it was made.
+
+    Raises:
+        UserError: adapters or settings that do not go together; a base that is not theirs;
+            adapters that are others than those merged before.
+    """
+    if not config.adapters:
+        raise UserError("no adapters", "config.adapters", "name one or more")
+    options = _options(config)
+    folders = [_find(path) for path in config.adapters]
+    weights = _weights(config, options)
+    with Workdir(workdir).writing(config) as folder:
+        target = folder.adapter if config.output == "adapter" else folder.model
+        if target.exists() and not folder.run.exists():
+            raise UserError(
+                "the folder holds what no merge has made", str(target), "use another --workdir"
+            )
+        if folder.merge.exists() and target.exists():
+            _check_unchanged(folder.merge, folders)
+            say(f"merged before: {target}")
+            return
+        remove_leftovers(target)
+        _merge(config, options, folders, weights, folder, target)
+
+
+def _merge(
+    config: MergedConfig,
+    options: Options,
+    folders: Sequence[Path],
+    weights: Sequence[Weight],
+    folder: Workdir,
+    target: Path,
+) -> None:
+    model, opened = config.model, None
+    if config.output == "model":
+        opened = open_pretrained(model.name, model.path, model.param_dtype)
+    shape = opened.config if opened else load_config(model.name, model.path)
+    own = None if opened is None else opened.identity()
+    base = _common_base(folders, own, config.any_base)
+    given = [_read(path, shape) for path in folders]
+    adapters = [one.adapter for one in given]
+    planned = plan(adapters, weights, config.method, options, config.seed)
+    sources = [
+        {"path": one.folder, "sha256": one.sha256, "ranks": one.ranks, "base": one.base}
+        for one in given
+    ]
+    folder.record_start(base=base, seed=config.seed, adapters=sources)
+    matrices = sum(math.prod(kernel.stack) for kernel in planned.shapes.values())
+    start = time.monotonic()
+    with counting(matrices, f"{config.method}: merging", "matrix") as on_done:
+        merged = _OnDemand(planned, lambda _: on_done(1))
+        if opened is None:
+            expected = {path: planned.result(path) for path in planned.shapes}
+            write_leaves(target, expected, merged, shape, base)
+        else:
+            save_fused(target, opened, merged)
+    seconds, error = time.monotonic() - start, overall_error(merged.report)
+    row = dataclasses.asdict(planned.row)
+    write_json(
+        folder.merge,
+        {
+            "method": config.method,
+            "row": row | {"laws": sorted(planned.row.laws)},
+            "options": options,
+            "weights": weights,
+            "seed": config.seed,
+            "output": config.output,
+            "base": base,
+            "any_base": config.any_base,
+            "adapters": sources,
+            "kernels": merged.report,
+            "relative_error": error,
+            "seconds": seconds,
+            "versions": machine()["versions"],
+        },
+    )
+    ranks = sorted({report.rank for report in merged.report.values()})
+    say(
+        f"{config.method}: {len(given)} adapters, {matrices} matrices merged in {seconds:.1f} s to "
+        f"rank {', '.join(map(str, ranks))}, relative error {error:.2e}: {target}"
+    )
+
+
+class _OnDemand(Mapping[str, LowRank]):
+    """The kernels of a plan, each merged when it is asked for; `report` is of those that were."""
+
+    def __init__(self, planned: Plan, on_matrix: Callable[[str], None]):
+        self._planned, self._on_matrix = planned, on_matrix
+        self.report: dict[str, KernelReport] = {}
+
+    def __getitem__(self, path: str) -> LowRank:
+        leaf, self.report[path] = self._planned.kernel(path, self._on_matrix)
+        return leaf
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._planned.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._planned.shapes)
+
+    def __len__(self) -> int:
+        return len(self._planned.shapes)
+
+
+def _options(config: MergedConfig) -> Options:
+    """The options of a method; UserError for those that it would not read."""
+    given: dict[str, Any] = dataclasses.asdict(config.options)
+    given["rank"] = given["rank"] or None
+    given["normalise"] = None if given["normalise"] == "method" else given["normalise"]
+    options = Options(**given)
+    for name in unread(config.method, options):
+        raise UserError(
+            f"method {config.method!r} does not read it",
+            f"config.options.{name}",
+            "leave it as it was, or choose another config.method",
+        )
+    return options
+
+
+def _weights(config: MergedConfig, options: Options) -> list[Weight]:
+    """A weight for each adapter; where none are given, equal ones that make a mean."""
+    count = len(config.adapters)
+    for name in ("weights", "weights_by_layer"):
+        given = getattr(config, name)
+        if given and len(given) != count:
+            raise UserError(
+                f"{len(given)} weights for {count} adapters", f"config.{name}", "give one to each"
+            )
+    if config.weights and config.weights_by_layer:
+        raise UserError("config.weights are given too", "config.weights_by_layer", "give one")
+    divided = row_of(config.method, options).normalise != "none"
+    equal = (1.0 if divided else 1.0 / count,) * count
+    return list(config.weights or config.weights_by_layer or equal)
+
+
+def _find(path: str) -> Path:
+    """The folder of an adapter, given that or the run folder that holds it."""
+    folder = Path(path).expanduser().absolute()
+    for found in (folder, folder / "adapter"):
+        if (found / CONFIG).is_file():
+            return found
+    raise UserError(
+        "no adapter" if folder.is_dir() else "no such folder",
+        path,
+        f"name a folder with {CONFIG}, or a run folder that holds adapter/",
+    )
+
+
+def _read(folder: Path, shape: Any) -> Given:
+    adapter = read_adapter(folder, shape)
+    for path, leaf in trees.flatten(adapter).items():
+        if type(leaf) is not LowRank:
+            raise UserError(
+                f"'{path}' is {type(leaf).__name__}, whose delta takes the base to know",
+                str(folder),
+                "fuse it into its base instead, or train plain LoRA",
+            )
+    return Given(folder, read_base(folder), adapter, sha256_of([folder / WEIGHTS]))
+
+
+def _common_base(folders: Sequence[Path], own: Identity | None, any_base: bool) -> Identity | None:
+    """The base of all adapters, as far as they say; it has to be `own`, where that is known.
+
+    Adapters of PEFT do not say, and pass with a note.
+    """
+    found = {folder: read_base(folder) for folder in folders}
+    named = {str(folder): base for folder, base in found.items() if base is not None}
+    if len(named) < len(found):
+        silent = next(folder for folder, base in found.items() if base is None)
+        say(f"{silent} does not say which base it belongs to")
+    if own is not None:
+        named = {"the model": own} | named
+    if not named:
+        return None
+    (first, base), *others = named.items()
+    for where, other in others:
+        if other.fingerprint != base.fingerprint and not any_base:
+            raise UserError(
+                f"{first} is of base {base.name!r} from {base.source!r}, {where} of "
+                f"{other.name!r} from {other.source!r}, with other weights",
+                "config.adapters",
+                "merge adapters of one base, or set config.any_base=True",
+            )
+    return base
+
+
+def _check_unchanged(record: Path, folders: Sequence[Path]) -> None:
+    """UserError where a merge that is done was of other adapters than there are now."""
+    for folder, merged in zip(folders, read_json(record)["adapters"], strict=True):
+        if sha256_of([folder / WEIGHTS]) != merged["sha256"]:
+            raise UserError(
+                "the adapter has changed since it was merged", str(folder), "use another --workdir"
+            )
