@@ -39,8 +39,8 @@ OUTSIDE_NEVER_IN = {
     "configs/": ("jax", "flax"),
 }
 LAZY = (
-    *("datasets", "gguf", "pyarrow", "rouge_score", "sacrebleu", "scipy", "sentencepiece"),
-    *("seqeval", "sklearn", "tensorboardX", "torch", "transformers"),
+    *("datasets", "gguf", "matplotlib", "pyarrow", "rouge_score", "sacrebleu", "scipy"),
+    *("sentencepiece", "seqeval", "sklearn", "tensorboardX", "torch", "transformers"),
 )
 
 
