@@ -44,10 +44,14 @@ class Shape(NamedTuple):
     d_out: int
 
 
-def shapes_of(adapters: Sequence[Adapter]) -> dict[str, Shape]:
+def shapes_of(adapters: Sequence[Adapter], values: bool = True) -> dict[str, Shape]:
     """{path: shape} of the kernels that any of the adapters has, in the order of paths.
 
     Ranks and scales may differ. An adapter without a kernel adds nothing to it.
+
+    Args:
+        adapters: of one base.
+        values: whether they are looked at too, which cannot be done under jit.
 
     Raises:
         UserError: no adapter; a leaf that is no plain LoRA; a kernel of another shape than in
@@ -73,7 +77,8 @@ def shapes_of(adapters: Sequence[Adapter]) -> dict[str, Shape]:
                     where,
                     "use adapters of one base",
                 )
-            if not all(np.isfinite(np.asarray(x)).all() for x in (leaf.a, leaf.b, leaf.scale)):
+            factors = (leaf.a, leaf.b, leaf.scale) if values else ()
+            if not all(np.isfinite(np.asarray(x)).all() for x in factors):
                 raise UserError("NaN or infinity", where, "train it again")
     return dict(sorted(found.items()))
 
