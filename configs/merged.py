@@ -1,4 +1,8 @@
-"""Several adapters merged into one, or into their base: `--config=configs/merged.py[:MODEL]`."""
+"""Several adapters merged into one, or into their base: `--config=configs/merged.py[:MODEL]`.
+
+Tasks, as in `configs/merged.py:esci+queryner[,MODEL]`, are those whose validation examples
+`--config.search.kind` finds weights on.
+"""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +10,12 @@ from configs import common, models
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    model = common.choose(arg or models.DEFAULT, models.PRESETS, "configs/merged.py")
+    file = "configs/merged.py"
+    tasks, model, smoke = [], models.DEFAULT, False
+    if arg.split("+")[0].split(",")[0] in common.TASKS:
+        tasks, model, smoke = common.parse(arg, file)
+    elif arg:
+        model = common.choose(arg, models.PRESETS, file)
     config = ConfigDict()
     config.experiment = "merged"
     config.model = models.get(model)
@@ -26,6 +35,19 @@ def get_config(arg: str = "") -> ConfigDict:
             "normalise": "method",
         }
     )
+    config.search = ConfigDict(
+        {
+            "kind": "none",
+            "by_layer": False,
+            "budget": 60,
+            "penalty": 0.05,
+            "bound": 1.5,
+            "examples": 64,
+            "row_length": 512,
+        }
+    )
+    config.tasks = ConfigDict({task: common.task(task, smoke) for task in tasks})
+    config.data = common.data(smoke)
     config.seed = 0
     config.output = "adapter"
     config.any_base = False

@@ -18,6 +18,7 @@ ALL = [
     (study, "smoke"),
     (merged, ""),
     (merged, "llama2_7b"),
+    (merged, "esci+queryner,smollm2_360m"),
 ]
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ecomjax.data.encoded import Encoded
-from ecomjax.data.packing import Plan, assemble
+from ecomjax.data.encoded import Encoded, EncodedSet, shared_prefix
+from ecomjax.data.packing import Packing, Plan, assemble, make_plan
 from ecomjax.typing import Batch
 
 
@@ -61,6 +61,22 @@ class StepSource:
             if (leaf := getattr(batch, name)) is not None
         }
         return batch.replace(**cut)
+
+
+def one_pass(
+    sequences: EncodedSet, packing: Packing, row_length: int, batch_size: int, rows: int
+) -> StepSource:
+    """All sequences once, in their order: what a validation loss is taken over."""
+    plan = make_plan(
+        sequences.lengths,
+        [np.arange(len(sequences))],
+        prefixes=[shared_prefix(sequences)],
+        packing=packing,
+        row_length=row_length,
+        batch_size=batch_size,
+        rows_multiple=rows,
+    )
+    return StepSource(plan, sequences, rows)
 
 
 def iterate(

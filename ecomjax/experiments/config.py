@@ -269,6 +269,22 @@ class MergeOptionsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """Merge weights found on validation examples; see `adapters.search`."""
+
+    kind: Literal["none", "gradient_free", "gradient"] = "none"
+    by_layer: bool = False
+    """Whether each layer has weights of its own."""
+    budget: Positive = 60
+    """Most evaluations of the loss."""
+    penalty: NonNegative = 0.05
+    bound: AboveZero = 1.5
+    examples: Count = 64
+    """Of the validation split of each task; 0: all."""
+    row_length: Positive = 512
+
+
+@dataclasses.dataclass(frozen=True)
 class MergedConfig:
     """Several adapters merged into one, or into the base."""
 
@@ -287,6 +303,11 @@ class MergedConfig:
     seed: Count = 0
     output: Literal["adapter", "model"] = "adapter"
     """What is written: an adapter, or the base with it fused in."""
+    search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
+    """Of weights, in place of giving them."""
+    tasks: dict[str, TaskConfig] = dataclasses.field(default_factory=dict)
+    """Whose validation examples weights are searched on."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
     any_base: bool = False
     """Whether adapters may be of different bases, or of another one than the model."""
 
@@ -319,8 +340,6 @@ def from_config(config: Mapping[str, Any] | ConfigDict) -> Config:
         _check_study(result)
     if isinstance(result, FinetuneConfig):
         _check_tasks(result)
-    if isinstance(result, MergedConfig):
-        return result
     if result.data.source == "local" and not result.data.path:
         raise UserError("empty folder", "config.data.path", "name the folder of the local data")
     return result

@@ -14,7 +14,7 @@ from ecomjax.adapters.rules import LoraRule
 from ecomjax.data.encoded import EncodedSet, Joined, Kept, fit_window, shared_prefix
 from ecomjax.data.mixture import Mixture, draw_orders, shares
 from ecomjax.data.packing import Plan, make_plan
-from ecomjax.data.pipeline import StepSource, iterate
+from ecomjax.data.pipeline import iterate, one_pass
 from ecomjax.data.sources import HubSource
 from ecomjax.errors import UserError
 from ecomjax.evaluation.predict import Predictor
@@ -194,21 +194,6 @@ def _mixture(config: MixtureConfig, labels: list[str]) -> Mixture:
     return Mixture(config.policy, config.temperature, weights, config.cap, config.examples)
 
 
-def _ordered_pass(sequences: EncodedSet, config: FinetuneConfig) -> StepSource:
-    """All sequences once, in their order: what a validation loss is taken over."""
-    settings = config.training
-    plan = make_plan(
-        sequences.lengths,
-        [np.arange(len(sequences))],
-        prefixes=[shared_prefix(sequences)],
-        packing=settings.packing,
-        row_length=settings.row_length,
-        batch_size=settings.batch_size,
-        rows_multiple=settings.rows,
-    )
-    return StepSource(plan, sequences, settings.rows)
-
-
 def _train(
     config: FinetuneConfig,
     base: Base,
@@ -240,7 +225,8 @@ def _train(
     labels = list(data) if len(data) > 1 else []
     loss = causal_lm(base.module, groups=len(labels))
     loss_pass = make_loss_pass(causal_lm(base.module))
-    held_out = {label: _ordered_pass(found.held_out, config) for label, found in data.items()}
+    layout = (settings.packing, settings.row_length, settings.batch_size, settings.rows)
+    held_out = {label: one_pass(found.held_out, *layout) for label, found in data.items()}
 
     def evaluate(trained: Adapter) -> Mapping[str, float]:
         variables = {"params": params, "lora": lora.join(trained, fixed)}

@@ -15,9 +15,10 @@ from ecomjax.adapters.methods import Options, row_of, unread
 from ecomjax.adapters.weights import Weight
 from ecomjax.data.progress import counting
 from ecomjax.errors import UserError
-from ecomjax.experiments.assembly import say
+from ecomjax.experiments.assembly import load_base, say
 from ecomjax.experiments.config import MergedConfig
 from ecomjax.experiments.files import read_json, write_json
+from ecomjax.experiments.merge_search import search_weights
 from ecomjax.experiments.workdir import Workdir, machine
 from ecomjax.hf.checkpoints import Identity, load_config, open_pretrained, save_fused
 from ecomjax.hf.files import remove_leftovers, sha256_of
@@ -61,6 +62,7 @@ def run(config: MergedConfig, workdir: str) -> None:
     options = _options(config)
     folders = [_find(path) for path in config.adapters]
     weights = _weights(config, options)
+    _check_search(config, options)
     with Workdir(workdir).writing(config) as folder:
         target = folder.adapter if config.output == "adapter" else folder.model
         if target.exists() and not folder.run.exists():
@@ -83,14 +85,18 @@ def _merge(
     folder: Workdir,
     target: Path,
 ) -> None:
-    model, opened = config.model, None
+    model, opened, asked = config.model, None, None
     if config.output == "model":
         opened = open_pretrained(model.name, model.path, model.param_dtype)
+    if config.search.kind != "none":
+        asked = load_base(model)
     shape = opened.config if opened else load_config(model.name, model.path)
-    own = None if opened is None else opened.identity()
+    own = asked.identity if asked else opened.identity() if opened else None
     base = _common_base(folders, own, config.any_base)
     given = [_read(path, shape) for path in folders]
     adapters = [one.adapter for one in given]
+    found = None if asked is None else search_weights(config, asked, adapters)
+    weights = weights if found is None else found.weights.tolist()
     planned = plan(adapters, weights, config.method, options, config.seed)
     sources = [
         {"path": one.folder, "sha256": one.sha256, "ranks": one.ranks, "base": one.base}
@@ -115,6 +121,7 @@ def _merge(
             "row": row | {"laws": sorted(planned.row.laws)},
             "options": options,
             "weights": weights,
+            "search": found and {"loss": found.loss, "objectives": found.history},
             "seed": config.seed,
             "output": config.output,
             "base": base,
@@ -183,6 +190,26 @@ def _weights(config: MergedConfig, options: Options) -> list[Weight]:
     divided = row_of(config.method, options).normalise != "none"
     equal = (1.0 if divided else 1.0 / count,) * count
     return list(config.weights or config.weights_by_layer or equal)
+
+
+def _check_search(config: MergedConfig, options: Options) -> None:
+    """UserError for a search of weights without tasks, or of a method that is no sum by them."""
+    if config.search.kind == "none":
+        return
+    row = row_of(config.method, options)
+    if (row.sparsify, row.consensus, row.normalise) != (None, "sum", "none"):
+        raise UserError(
+            f"weights are searched for a sum of deltas, {config.method!r} is another",
+            "config.search.kind",
+            "use config.method=task_arithmetic, concatenation or svd, or give the weights",
+        )
+    for name in ("weights", "weights_by_layer"):
+        if getattr(config, name):
+            raise UserError(f"config.{name} are given", "config.search.kind", "give one of them")
+    if not config.tasks:
+        raise UserError(
+            "no tasks to search weights on", "config.tasks", "use configs/merged.py:TASK"
+        )
 
 
 def _find(path: str) -> Path:

@@ -219,6 +219,57 @@ def test_weights_by_layer(base, make_config, pair, tmp_path):
         np.testing.assert_allclose(ours[Q][layer], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("gradient_free", {}),
+        ("gradient", {"search__by_layer": True}),
+        ("gradient", {"method": "svd", "output": "model"}),
+    ],
+)
+def test_weights_are_searched_on_validation_examples(
+    base, tiny_base, make_adapter, tmp_path, kind, changes
+):
+    """The sum by those weights is what is written, and answers are likelier under it."""
+    folders = [make_adapter(1, {Q: 2, DOWN: 3}), make_adapter(2, {Q: 4})]
+    raw = configs.get_config("esci+queryner")
+    raw.model.path, raw.adapters = str(tiny_base), tuple(map(str, folders))
+    raw.update_from_flattened_dict(
+        {
+            "method": "concatenation",
+            "search.kind": kind,
+            "search.budget": 12,
+            "search.penalty": 0.0,
+            "search.examples": 4,
+            "data.validation_size": 8,
+        }
+        | {key.replace("__", "."): value for key, value in changes.items()}
+    )
+    run = tmp_path / "run"
+    merged.run(from_config(raw), str(run))
+    record = read_json(run / "merge.json")
+    objectives, weights = record["search"]["objectives"], np.asarray(record["weights"])
+    assert record["search"]["loss"] == min(objectives) < objectives[0]
+    assert len(objectives) <= 12 and weights.shape == (
+        (2, 2) if "search__by_layer" in changes else (2,)
+    )
+    assert np.abs(weights).max() > 0
+    one, other = (deltas(read_adapter(folder, base.config)) for folder in folders)
+    by_layer = np.broadcast_to(weights.reshape(2, -1), (2, 2))[..., None, None]
+    if "output" in changes:
+        # Of this kernel the sum has no larger rank than what it is brought to.
+        expected = by_layer[0] * one[DOWN]
+        before, after = (
+            trees.flatten(load_pretrained("x", str(folder)).params)[DOWN]
+            for folder in (tiny_base, run / "model")
+        )
+        got = (after - before).reshape(expected.shape)
+    else:
+        expected = by_layer[0] * one[Q] + by_layer[1] * other[Q]
+        got = deltas(read_adapter(run / "adapter", base.config))[Q]
+    np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max() + 1e-7)
+
+
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "dare_linear", "slerp", "ties"])
 def test_without_weights_the_same_adapter_twice_is_itself(
     base, make_config, make_adapter, tmp_path, method
@@ -323,6 +374,17 @@ MISTAKES = {
         ["3 weights by layer, the kernel has 2 layers"],
     ),
     "weights that cancel": (keep, {"weights": (1.0, -1.0)}, ["weights add up to 0.0"]),
+    "a search without tasks": (
+        keep,
+        {"search__kind": "gradient", "method": "svd"},
+        ["no tasks", "config.tasks", "configs/merged.py:TASK"],
+    ),
+    "a search beside weights": (
+        keep,
+        {"search__kind": "gradient", "method": "svd", "weights": (1.0, 1.0)},
+        ["config.weights are given: config.search.kind"],
+    ),
+    "a search of a mean": (keep, {"search__kind": "gradient"}, ["'linear' is another", "svd"]),
     "no adapters": (keep, {"adapters": ()}, ["no adapters", "config.adapters"]),
     "one for slerp": (keep, {"one": True, "method": "slerp"}, ["1 adapters", "slerp"]),
     "no folder": (keep, {"adapters": ("no/such",)}, ["no such folder: no/such"]),
