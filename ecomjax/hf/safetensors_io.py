@@ -1,7 +1,7 @@
 """Reading and writing safetensors, whole or sharded, one tensor at a time.
 
-Headers are checked here before the library maps a file, so that a truncated or forged
-file ends in one clear line.
+A header is read once and checked against its file, so that a truncated or forged file ends
+in one clear line; tensors are then read from where it says they are.
 """
 
 from __future__ import annotations
@@ -26,22 +26,25 @@ INDEX = "model.safetensors.index.json"
 MAX_HEADER = 16 * 2**20
 """Bytes; a model of a million tensors needs less."""
 
-_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "U16": 2,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "F32": 4,
-    "U64": 8,
-    "I64": 8,
-    "F64": 8,
+_DTYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "BOOL": np.bool_,
+        "U8": np.uint8,
+        "I8": np.int8,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "U16": np.uint16,
+        "I16": np.int16,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "U32": np.uint32,
+        "I32": np.int32,
+        "F32": np.float32,
+        "U64": np.uint64,
+        "I64": np.int64,
+        "F64": np.float64,
+    }.items()
 }
 
 _DTYPES = {
@@ -69,6 +72,30 @@ _RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npy", ".npz", ".h5", ".msgpack")
 
 
+class SafetensorsFile(Mapping[str, np.ndarray]):
+    """The tensors of one file as {name: array}, read on demand."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._path, self._entries = path, check_header(path)
+        with open(path, "rb") as file:
+            self._start = 8 + int.from_bytes(file.read(8), "little")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        entry = self._entries[name]
+        dtype, offset = _DTYPES[entry["dtype"]], self._start + entry["data_offsets"][0]
+        count = math.prod(entry["shape"])
+        return np.fromfile(self._path, dtype, count, offset=offset).reshape(entry["shape"])
+
+
 class SafetensorsFolder(Mapping[str, np.ndarray]):
     """The weights of a Hugging Face folder as {name: array}, read on demand.
 
@@ -79,12 +106,13 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
     def __init__(self, folder: str | os.PathLike[str]):
         folder = Path(folder)
         if (folder / INDEX).is_file():
-            self._file_of = _read_index(folder)
+            opened, self._file_of = _read_index(folder)
         elif (folder / SINGLE).is_file():
-            self._file_of = {name: folder / SINGLE for name in check_header(folder / SINGLE)}
+            opened = {SINGLE: SafetensorsFile(folder / SINGLE)}
+            self._file_of = dict.fromkeys(opened[SINGLE], opened[SINGLE])
         else:
             raise _no_weights(folder)
-        self.files = sorted(set(self._file_of.values()))
+        self.files = [folder / file for file in sorted(opened)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -96,24 +124,16 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
         return name in self._file_of
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return read_tensor(self._file_of[name], name)
+        return self._file_of[name][name]
 
 
-def read_tensor(path: str | os.PathLike[str], name: str) -> np.ndarray:
-    """One tensor of a file whose header was checked."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="np") as file:
-        return file.get_tensor(name)
-
-
-def _read_index(folder: Path) -> dict[str, Path]:
-    """{tensor: file} of a sharded folder; every file lies in the folder itself."""
+def _read_index(folder: Path) -> tuple[dict[str, SafetensorsFile], dict[str, SafetensorsFile]]:
+    """{name: file} and {tensor: file} of a sharded folder; all files lie in the folder itself."""
     where = str(folder / INDEX)
     named = read_json(folder / INDEX).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(f, str) for f in named.values()):
         raise UserError("no weight_map of names to files", where, "fetch the file again")
-    held: dict[str, set[str]] = {}
+    held: dict[str, SafetensorsFile] = {}
     for file in sorted(set(named.values())):
         path = folder / file
         inside = Path(file).name == file and file.endswith(".safetensors") and "\\" not in file
@@ -123,7 +143,7 @@ def _read_index(folder: Path) -> dict[str, Path]:
             )
         if not path.is_file():
             raise UserError(f"missing shard {file!r}", where, "fetch the model again")
-        held[file] = set(check_header(path))
+        held[file] = SafetensorsFile(path)
     stray = sorted({(name, file) for file in held for name in held[file]} ^ set(named.items()))
     if stray:
         raise UserError(
@@ -131,7 +151,7 @@ def _read_index(folder: Path) -> dict[str, Path]:
             where,
             "fetch the model again",
         )
-    return {name: folder / file for name, file in named.items()}
+    return held, {name: held[file] for name, file in named.items()}
 
 
 def _stays_inside(path: Path, folder: Path) -> bool:
@@ -198,7 +218,7 @@ def _check_extents(header: Any, data_bytes: int) -> dict[str, dict[str, Any]]:
     extents = []
     for name, entry in tensors.items():
         try:
-            width, shape = _BYTES[entry["dtype"]], entry["shape"]
+            width, shape = _DTYPES[entry["dtype"]].itemsize, entry["shape"]
             start, end = entry["data_offsets"]
             sound = all(type(n) is int and n >= 0 for n in (*shape, start, end))
         except (KeyError, TypeError, ValueError):
