@@ -20,6 +20,15 @@ _RULES = (
     Rule(_SPARSE + "experts.{expert}.w3.weight", _MLP + "experts/up/kernel", "F D -> D F"),
     Rule(_SPARSE + "experts.{expert}.w2.weight", _MLP + "experts/down/kernel", "D F -> F D"),
 )
+_PARAMETERS = {
+    "model.layers.{layer}.mlp.gate.weight": (_MLP + "router/kernel",),
+    "model.layers.{layer}.mlp.experts.gate_up_proj": (
+        _MLP + "experts/gate/kernel",
+        _MLP + "experts/up/kernel",
+    ),
+    "model.layers.{layer}.mlp.experts.down_proj": (_MLP + "experts/down/kernel",),
+}
+"""What transformers 5 calls them in its model; its checkpoints have kept the old names."""
 
 _TABLE = FieldTable(
     "mixtral",
@@ -48,7 +57,7 @@ def rule_table(config: LlamaConfig) -> RuleTable:
     table = llama.rule_table(config)
     shared = (rule for rule in table.rules if not rule.ours.startswith(_MLP))
     sizes = {**table.sizes, "E": config.experts}
-    return dataclasses.replace(table, rules=(*shared, *_RULES), sizes=sizes)
+    return dataclasses.replace(table, rules=(*shared, *_RULES), sizes=sizes, parameters=_PARAMETERS)
 
 
 def config_from_hf(fields: Mapping[str, Any], where: str, **overrides: Any) -> LlamaConfig:

@@ -1,18 +1,17 @@
 """Adapters as folders in the layout of PEFT, which PEFT, vLLM and others load.
 
-For every adapted matrix `lora_A.weight` [R, in] is our `a` transposed, `lora_B.weight`
-[out, R] our `b` transposed, and alpha is scale * R. Beside PEFT's two files, `base.json`
-says which base the adapter belongs to.
+What is adapted and how its tensors lie says `peft_targets`; scale is alpha / R. Beside PEFT's
+two files, `base.json` says which base the adapter belongs to and, where the base has experts,
+what PEFT has no fields for.
 """
 
 from __future__ import annotations
 
-import collections
+import dataclasses
 import json
-import math
+import logging
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,66 +23,65 @@ from ecomjax.errors import UserError
 from ecomjax.hf import families
 from ecomjax.hf.checkpoints import Identity
 from ecomjax.hf.files import read_json, replace_file, replace_folder
+from ecomjax.hf.peft_config import (
+    CONFIG,
+    Pattern,
+    alpha_of,
+    check_targets_exist,
+    is_target,
+    rank_of,
+    read_config,
+    scale_of,
+)
+from ecomjax.hf.peft_pieces import Piece, cut, join, rank_in, split, stack
+from ecomjax.hf.peft_record import FUSED, MODULES, Record, read_record, write_record
+from ecomjax.hf.peft_targets import (
+    HEAD,
+    PREFIX,
+    Target,
+    from_tensors,
+    keys,
+    stem,
+    targets_of,
+    tensor_names,
+    tensor_shapes,
+    to_tensors,
+)
 from ecomjax.hf.presets import PRESETS
-from ecomjax.hf.rules import FLOATS, Rule, RuleTable
-from ecomjax.hf.safetensors_io import check_header, read_tensor, write_file
+from ecomjax.hf.rules import FLOATS, RuleTable
+from ecomjax.hf.safetensors_io import SafetensorsFile, write_file
 from ecomjax.models.config import ModelConfig
-from ecomjax.typing import Adapter, LowRank
+from ecomjax.typing import Adapter, DoRA, LowRank
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-BASE = "base.json"
 
-_ORIGIN = ("name", "source", "sha256", "fingerprint")
-"""What the last says of a base."""
-
-_READ = {
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-}
-_ONLY = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, None, "gaussian"),
-}
-"""Fields with few values here; other initial values change the base as well."""
 _TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
 }
-"""What PEFT calls the task of a class, by the end of its name."""
-_IGNORED = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "fan_in_fan_out",
-    "revision",
-    "inference_mode",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "task_type",
-}
-"""Fields that say nothing about what the adapter computes."""
+"""What PEFT calls the task of a class, by the end of its name. Classifiers are not told: PEFT
+would look for the weights of a head that was trained beside the adapter."""
+
+logger = logging.getLogger(__name__)
 
 
 def write_adapter(
-    folder: str | os.PathLike[str], adapter: Adapter, config: ModelConfig, base: Identity
+    folder: str | os.PathLike[str], adapter: Adapter, config: ModelConfig, base: Identity | None
 ) -> None:
-    """Writes a LoRA adapter, all or nothing.
+    """Writes an adapter, all or nothing.
+
+    Every layer is written at its own rank. rsLoRA comes out as plain LoRA of the same scale,
+    whatever that was made from.
 
     Args:
         folder: made, or replaced if it holds an adapter.
-        adapter: tree of `LowRank` leaves at the paths of kernels, layers stacked.
+        adapter: tree of `LowRank` or of `DoRA` leaves at the paths of kernels, layers stacked.
         config: of the base.
-        base: which weights the base is.
+        base: which weights the base is; None where that is not known, and then not said.
+
+    Raises:
+        UserError: what PEFT cannot hold, such as plain and DoRA kernels in one adapter.
     """
     leaves = trees.flatten(adapter)
     write_leaves(folder, leaves, leaves, config, base)
@@ -91,8 +89,8 @@ def write_adapter(
 
 def write_leaves(
     folder: str | os.PathLike[str],
-    expected: Mapping[str, LowRank],
-    leaves: Mapping[str, LowRank],
+    expected: Mapping[str, LowRank | DoRA],
+    leaves: Mapping[str, LowRank | DoRA],
     config: ModelConfig,
     base: Identity | None,
 ) -> None:
@@ -100,73 +98,141 @@ def write_leaves(
 
     Args:
         folder: see `write_adapter`.
-        expected: kernels by path, of which shapes, dtypes and dropout are read.
+        expected: kernels by path, of which shapes, dtypes, ranks and dropout are read.
         leaves: the kernels themselves, by the same paths.
         config: see `write_adapter`.
-        base: see `write_adapter`; None where that is not known, and then not said.
+        base: see `write_adapter`.
     """
-    table = families.rule_table(config)
-    rules = {rule.ours: rule for rule in table.rules if rule.linear}
+    where, table = str(folder), families.rule_table(config)
+    dropout, dora = _common(expected, where)
+    targets = targets_of(table, parameters=True)
+    adapted = [t for t in targets if any(part.path in expected for part in t.parts)]
+    _check_dora(adapted, dora, where)
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for path, leaf in expected.items():
-        rank = leaf.a.shape[-1]
-        ranks |= {target: rank for target in _targets(rules[path], table)}
-        for _, module in _modules(rules[path], table):
-            for name, shape, factor in zip(
-                _names(module), _shapes(rules[path], table, rank), (leaf.a, leaf.b), strict=True
-            ):
-                shapes[name] = jax.ShapeDtypeStruct(shape, factor.dtype)
+    for target in adapted:
+        for index, name in target.names():
+            shapes |= _shapes(target, stem(target, name, adapted), index, expected, where)
+    part_ranks: dict[str, list[int]] = {}
+    ranks, alphas = Pattern(), Pattern()
 
-    def tensors_of(path: str, leaf: LowRank) -> Iterator[tuple[str, np.ndarray]]:
-        a, b, scale = (np.asarray(x) for x in (leaf.a, leaf.b, leaf.scale))
-        found = {}
-        for index, module in _modules(rules[path], table):
-            for name, factor in zip(_names(module), (a, b), strict=True):
-                tensor = np.ascontiguousarray(factor[index].T)
-                _check_tensor(tensor, name, shapes[name].shape, str(folder))
-                yield name, tensor
-            found[module] = _alpha(float(scale[index]), a.shape[-1])
-        uniform = len(set(found.values())) == 1
-        alpha = next(iter(found.values()))
-        targets = _targets(rules[path], table)
-        alphas.update({target: alpha for target in targets} if uniform else found)
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        held: dict[str, LowRank | DoRA] = {}
+        for target in adapted:
+            # An embedding and its tied head are one leaf, asked for once.
+            paths = [part.path for part in target.parts if part.path in expected]
+            held = {path: held.get(path) or _on_host(leaves[path]) for path in paths}
+            pieces: dict[str, tuple[int, float]] = {}
+            for index, name in target.names():
+                parts = cut(target, index, held, where)
+                for part, own in zip(target.parts, parts, strict=True):
+                    part_ranks.setdefault(part.path, []).append(own.rank if own else 0)
+                piece = join(target, parts)
+                pieces[name] = piece.rank, alpha_of(piece.scale, piece.rank)
+                yield from _tensors(target, stem(target, name, adapted), piece, where).items()
+            found_by = keys(target, table, targets)
+            ranks.add(found_by, {name: rank for name, (rank, _) in pieces.items()})
+            alphas.add(found_by, {name: alpha for name, (_, alpha) in pieces.items()})
 
-    dropouts = {leaf.dropout for leaf in expected.values()}
-    if len(dropouts) != 1:
-        raise UserError(
-            f"adapter has the dropout rates {sorted(dropouts)}",
-            str(folder),
-            "use one rate for all kernels, as PEFT does",
-        )
     (architecture,) = families.config_to_hf(config)["architectures"]
     task_types = [kind for end, kind in _TASK_TYPES.items() if architecture.endswith(end)]
+    modules = [t for t in adapted if t.kind != "parameter"]
+    parameters = [t for t in adapted if t.kind == "parameter"]
     with replace_folder(folder) as new:
-        tensors = (pair for path in expected for pair in tensors_of(path, leaves[path]))
-        write_file(new / WEIGHTS, shapes, tensors)
+        write_file(new / WEIGHTS, shapes, tensors())
         fields = {
             "peft_type": "LORA",
             "task_type": task_types[0] if task_types else "FEATURE_EXTRACTION",
             "base_model_name_or_path": None if base is None else _reference(base),
             "inference_mode": True,
-            "target_modules": sorted(ranks),
-            "r": _commonest(ranks),
-            "rank_pattern": {k: v for k, v in ranks.items() if v != _commonest(ranks)},
-            "lora_alpha": _commonest(alphas),
-            "alpha_pattern": {k: v for k, v in alphas.items() if v != _commonest(alphas)},
-            "lora_dropout": dropouts.pop(),
+            "target_modules": sorted(key for t in modules for key in keys(t, table, targets)),
+            "target_parameters": sorted(k for t in parameters for k in keys(t, table, targets)),
+            "r": ranks.default,
+            "rank_pattern": ranks.others,
+            "lora_alpha": alphas.default,
+            "alpha_pattern": alphas.others,
+            # PEFT refuses to load dropout beside parameters.
+            "lora_dropout": 0.0 if parameters else dropout,
             "bias": "none",
-            "fan_in_fan_out": not all(rules[path].transposed for path in leaves),
+            "fan_in_fan_out": not all(t.transposed for t in adapted),
             "init_lora_weights": True,
             "modules_to_save": None,
-            "use_dora": False,
+            "use_dora": dora,
             "use_rslora": False,
+            # In encoder-decoders PEFT would tie the head to a table that nothing reads.
+            "ensure_weight_tying": [t.kind for t in modules if t.kind != "linear"]
+            == ["embedding", "tied head"],
         }
         replace_file(new / CONFIG, json.dumps(fields, indent=2))
-        if base is not None:
-            origin = {key: getattr(base, key) for key in _ORIGIN}
-            replace_file(new / BASE, json.dumps(origin, indent=2))
+        record = Record(base)
+        if table.parameters:
+            joined = [part.path for t in parameters if len(t.parts) > 1 for part in t.parts]
+            record = Record(base, FUSED, dropout, {path: part_ranks[path] for path in joined})
+        write_record(new, record)
+
+
+def _on_host(leaf: LowRank | DoRA) -> Any:
+    return jax.tree.map(np.asarray, leaf)
+
+
+def _shapes(
+    target: Target,
+    start: str,
+    index: tuple[int, ...],
+    expected: Mapping[str, LowRank | DoRA],
+    where: str,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """{name: shape and dtype} of the tensors of a target in one place of its stack."""
+    own = [expected[part.path] for part in target.parts if part.path in expected]
+    parts = zip(target.parts, (expected.get(part.path) for part in target.parts), strict=True)
+    rank = sum(rank_in(leaf, index, part.path, where) for part, leaf in parts if leaf is not None)
+    arrays = (own[0].a, own[0].b, getattr(own[0], "magnitude", None))
+    return {
+        name: jax.ShapeDtypeStruct(shape, array.dtype)
+        for name, shape, array in zip(
+            tensor_names(target, start), tensor_shapes(target, rank), arrays, strict=True
+        )
+        if array is not None
+    }
+
+
+def _common(leaves: Mapping[str, LowRank | DoRA], where: str) -> tuple[float, bool]:
+    """What all leaves have in common: the dropout, and whether they are DoRA."""
+    dropouts = {leaf.dropout for leaf in leaves.values()}
+    if len(dropouts) != 1:
+        raise UserError(
+            f"adapter has the dropout rates {sorted(dropouts)}",
+            where,
+            "use one rate for all kernels, as PEFT does",
+        )
+    by_kind = {isinstance(leaf, DoRA): path for path, leaf in leaves.items()}
+    if len(by_kind) != 1:
+        raise UserError(
+            f"'{by_kind[True]}' has DoRA and '{by_kind[False]}' plain LoRA",
+            where,
+            "use one of them for all kernels, as PEFT does",
+        )
+    return dropouts.pop(), True in by_kind
+
+
+def _check_dora(adapted: Sequence[Target], dora: bool, where: str) -> None:
+    others = [t.template for t in adapted if t.kind != "linear"]
+    if dora and others:
+        raise UserError(
+            f"DoRA of {others[0]!r}, which is no linear layer",
+            where,
+            "leave it out, or use plain LoRA",
+        )
+
+
+def _tensors(target: Target, start: str, piece: Piece, where: str) -> dict[str, np.ndarray]:
+    """{name: tensor} of a piece."""
+    arrays = (*to_tensors(target, piece.a, piece.b), piece.magnitude)
+    shapes, found = tensor_shapes(target, piece.rank), {}
+    for name, shape, array in zip(tensor_names(target, start), shapes, arrays, strict=True):
+        if array is not None:
+            _check_tensor(array, name, shape, where)
+            found[name] = np.ascontiguousarray(array)
+    return found
 
 
 def read_adapter(
@@ -177,6 +243,9 @@ def read_adapter(
 ) -> Adapter:
     """Reads an adapter that we or PEFT wrote, into numpy arrays.
 
+    Where layers differ in rank, factors are padded with zeros to the largest. An adapter that
+    changes nothing in some kernels is let pass with a note to the log.
+
     Args:
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
         config: of the base it is to be used with.
@@ -185,121 +254,165 @@ def read_adapter(
         any_base: unless this is set. Adapters of PEFT do not say, and pass.
     """
     folder, table = Path(folder), families.rule_table(config)
-    fields = _read_config(folder)
-    if base and not any_base:
-        _check_base(folder, base)
+    fields, record = read_config(folder), read_record(folder)
+    if record and record.base and base and not any_base:
+        _check_base(record.base, base, str(folder))
     weights = _weights(folder)
-    held = set(check_header(weights))
-    flat: dict[str, LowRank] = {}
-    for rule in table.rules:
-        modules = list(_modules(rule, table)) if rule.linear else []
-        targeted = [module for _, module in modules if _is_target(fields, module)]
-        if not targeted:
-            continue
-        if len(targeted) < len(modules):
-            raise UserError(
-                f"adapter targets {targeted[0]!r} but not every layer",
-                str(folder / CONFIG),
-                "use an adapter of whole stacks of layers",
-            )
-        flat[rule.ours] = _read_leaf(rule, table, fields, weights, held)
+    tensors = SafetensorsFile(weights)
+    targets = targets_of(table, _naming(record, table, tensors) == FUSED)
+    adapted = _adapted(targets, fields, tensors, str(folder / CONFIG))
+    _check_dora(adapted, fields["use_dora"], str(folder / CONFIG))
+    kept = None if record is None else record.dropout
+    dropout = float(fields["lora_dropout"] if kept is None else kept)
+    # PEFT puts a copy of the base beside adapted embeddings and heads.
+    held = set(tensors) - {
+        f"{PREFIX}{name}.base_layer.weight"
+        for target in adapted
+        for _, name in target.names()
+        if target.kind in ("embedding", "tied head") or name == HEAD
+    }
+    flat: dict[str, LowRank | DoRA] = {}
+    for target in adapted:
+        read = _read_pieces(target, adapted, fields, tensors, held, weights)
+        paths = tuple(part.path for part in target.parts)
+        parts = {
+            index: split(target, piece, record.part_ranks(paths, layer) if record else None)
+            for layer, (index, piece) in enumerate(read.items())
+        }
+        for number, part in enumerate(target.parts):
+            pieces = {index: own[number] for index, own in parts.items()}
+            if any(piece.rank for piece in pieces.values()):
+                leaf = stack(pieces, target.stack, dropout)
+                if not _equal(flat.setdefault(part.path, leaf), leaf):
+                    raise UserError(
+                        f"adapter of {target.template!r} is another than that of the embedding",
+                        str(weights),
+                        "train it with ensure_weight_tying: to this model both are one matrix",
+                    )
     if held or not flat:
         stray = f"tensor {min(held)!r} belongs to no target module" if held else "adapter is empty"
         raise UserError(stray, str(weights), "use an adapter of this model's architecture")
+    idle = [path for path, leaf in flat.items() if not leaf.b.any()]
+    if idle:
+        logger.warning(
+            "%s: B is zero in %d of %d kernels, such as %s: A adds nothing there",
+            folder,
+            len(idle),
+            len(flat),
+            idle[0],
+        )
     return trees.unflatten(flat)
 
 
 def read_base(folder: str | os.PathLike[str]) -> Identity | None:
     """Which base an adapter says that it belongs to; None if it does not say."""
-    folder = Path(folder)
-    if not (folder / BASE).is_file():
+    record = read_record(Path(folder))
+    if record is None or record.base is None:
         return None
-    origin = read_json(folder / BASE)
-    if not all(isinstance(origin.get(key), str) for key in _ORIGIN):
-        raise UserError(f"lacks one of {_ORIGIN}", str(folder / BASE), "fetch the adapter again")
-    path = read_json(folder / CONFIG).get("base_model_name_or_path")
-    return Identity(path=str(path), **{key: origin[key] for key in _ORIGIN})
+    path = read_json(Path(folder) / CONFIG).get("base_model_name_or_path")
+    return dataclasses.replace(record.base, path=str(path))
 
 
-def _read_leaf(
-    rule: Rule, table: RuleTable, fields: Mapping[str, Any], weights: Path, held: set[str]
-) -> LowRank:
-    """The leaf of a rule; takes the names of its tensors out of `held`."""
-    modules = list(_modules(rule, table))
-    ranks = {module: _setting(fields, "rank_pattern", "r", module) for _, module in modules}
-    rank = ranks[modules[0][1]]
-    if len(set(ranks.values())) > 1 or type(rank) is not int or rank < 1:
+def _check_base(written: Identity, base: Identity, where: str) -> None:
+    if written.fingerprint != base.fingerprint:
         raise UserError(
-            f"ranks of {rule.theirs!r} are {sorted({str(r) for r in ranks.values()})}",
-            str(weights.parent / CONFIG),
-            "use an adapter with one positive rank for all layers of a kernel",
+            f"adapter was trained on base {written.name!r} from {written.source!r}, "
+            f"whose weights differ from those of {base.name!r} from {base.source!r}",
+            where,
+            "load its own base, or allow any base",
         )
-    shapes = _shapes(rule, table, rank)
-    stack = rule.stack(table.sizes)
-    factors: list[Any] = [None, None]
-    scale: Any = np.empty(stack, np.float32)
-    for index, module in modules:
-        alpha = _setting(fields, "alpha_pattern", "lora_alpha", module)
-        divisor = math.sqrt(rank) if fields.get("use_rslora") else rank
-        scale[index] = alpha / divisor
-        for side, (name, shape) in enumerate(zip(_names(module), shapes, strict=True)):
-            if name not in held:
-                raise UserError(f"missing tensor {name!r}", str(weights), "fetch the adapter again")
-            held.remove(name)
-            tensor = read_tensor(weights, name)
-            _check_tensor(tensor, name, shape, str(weights))
-            if factors[side] is None:
-                factors[side] = np.empty((*stack, *shape[::-1]), tensor.dtype)
-            if factors[side].dtype != tensor.dtype:
+
+
+def _naming(record: Record | None, table: RuleTable, tensors: SafetensorsFile) -> str:
+    """How experts are named, by the record or else by the tensors."""
+    if record is not None and record.naming is not None:
+        return record.naming
+    fused = {path for paths in table.parameters.values() for path in paths}
+    apart = [t for t in targets_of(table, False) if t.parts[0].path in fused]
+    names = {name for target in apart for _, name in target.names()}
+    stems = {name.rpartition(".lora_")[0].removeprefix(PREFIX) for name in tensors}
+    return MODULES if stems & names else FUSED
+
+
+def _adapted(
+    targets: Sequence[Target], fields: Mapping[str, Any], tensors: SafetensorsFile, where: str
+) -> list[Target]:
+    """The targets that PEFT would adapt, every layer of each and all roles of embeddings."""
+    names = {target: [name for _, name in target.names()] for target in targets}
+    by_kind = {
+        parameter: [n for t in targets if (t.kind == "parameter") == parameter for n in names[t]]
+        for parameter in (False, True)
+    }
+    check_targets_exist(fields, by_kind[False], by_kind[True], where)
+    adapted = []
+    for target in targets:
+        hits = [
+            name for name in names[target] if is_target(fields, name, target.kind == "parameter")
+        ]
+        if not hits and target.kind == "tied head" and fields["ensure_weight_tying"]:
+            # It is then no target by name.
+            hits = [n for n in names[target] if tensor_names(target, PREFIX + n)[0] in tensors]
+        if hits:
+            adapted.append(target)
+        if hits and len(hits) < len(names[target]):
+            raise UserError(
+                f"adapter targets {hits[0]!r} but not every layer",
+                where,
+                "use an adapter of whole stacks of layers",
+            )
+    paths = {target.parts[0].path: target for target in adapted if target.kind != "linear"}
+    for target in targets:
+        if target not in adapted and target.parts[0].path in paths:
+            raise UserError(
+                f"adapter targets {paths[target.parts[0].path].template!r} but not "
+                f"{target.template!r}, which has the same weights",
+                where,
+                "train it with ensure_weight_tying, or on all of them alike",
+            )
+    return adapted
+
+
+def _read_pieces(
+    target: Target,
+    adapted: Sequence[Target],
+    fields: Mapping[str, Any],
+    tensors: SafetensorsFile,
+    held: set[str],
+    weights: Path,
+) -> dict[tuple[int, ...], Piece]:
+    """The pieces of a target by their places; takes the names of their tensors out of `held`."""
+    pieces: dict[tuple[int, ...], Piece] = {}
+    dtypes: dict[int, np.dtype[Any]] = {}
+    for index, name in target.names():
+        rank = rank_of(fields, name, str(weights.parent / CONFIG))
+        names = tensor_names(target, stem(target, name, adapted))
+        shapes, arrays = tensor_shapes(target, rank), []
+        for side in range(3 if fields["use_dora"] else 2):
+            wanted = names[side]
+            if wanted not in held:
                 raise UserError(
-                    f"tensor {name!r} is {tensor.dtype}, that of other layers "
-                    f"{factors[side].dtype}",
+                    f"missing tensor {wanted!r}", str(weights), "fetch the adapter again"
+                )
+            held.remove(wanted)
+            arrays.append(tensors[wanted])
+            _check_tensor(arrays[side], wanted, shapes[side], str(weights))
+            if dtypes.setdefault(side, arrays[side].dtype) != arrays[side].dtype:
+                raise UserError(
+                    f"tensor {wanted!r} is {arrays[side].dtype}, that of other layers "
+                    f"{dtypes[side]}",
                     str(weights),
                     "save the adapter in one dtype",
                 )
-            factors[side][index] = tensor.T
-    return LowRank(a=factors[0], b=factors[1], scale=scale, dropout=fields["lora_dropout"])
+        a, b = from_tensors(target, *arrays[:2])
+        pieces[index] = Piece(a, b, scale_of(fields, name, rank), *arrays[2:])
+    return pieces
 
 
-def _modules(rule: Rule, table: RuleTable) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Index into the stack, and name of the module of the torch model that lies there."""
-    for index, name in rule.names(table.sizes):
-        yield index, name.removesuffix(".weight")
-
-
-def _names(module: str) -> list[str]:
-    """Names of the tensors of the factors a and b."""
-    return [f"base_model.model.{module}.lora_{letter}.weight" for letter in "AB"]
-
-
-def _shapes(rule: Rule, table: RuleTable, rank: int) -> list[tuple[int, int]]:
-    """Shapes of the tensors of the factors a and b."""
-    shape = rule.shape(table.sizes)
-    d_out, d_in = shape if rule.transposed else shape[::-1]
-    return [(rank, d_in), (d_out, rank)]
-
-
-def _targets(rule: Rule, table: RuleTable) -> list[str]:
-    """What PEFT finds a kernel's modules by.
-
-    It is the shortest end of their names that no other kernel's name ends with. Where that
-    goes back to the number of the layer, as between encoder and decoder, it is all names.
-    """
-    parts = rule.theirs.removesuffix(".weight").split(".")
-    others = [r.theirs.removesuffix(".weight").split(".") for r in table.rules if r != rule]
-    length = next(n for n in range(1, len(parts) + 1) if parts[-n:] not in [o[-n:] for o in others])
-    suffix = ".".join(parts[-length:])
-    return [module for _, module in _modules(rule, table)] if "{" in suffix else [suffix]
-
-
-def _alpha(scale: float, rank: int) -> float:
-    """alpha with float32(alpha / rank) == scale, a float32; a whole number if one does."""
-    whole = round(scale * rank)
-    return whole if float(np.float32(whole / rank)) == scale else scale * rank
-
-
-def _commonest(values: Mapping[str, Any]) -> Any:
-    return collections.Counter(values.values()).most_common(1)[0][0]
+def _equal(one: LowRank | DoRA, other: LowRank | DoRA) -> bool:
+    return jax.tree.structure(one) == jax.tree.structure(other) and all(
+        np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    )
 
 
 def _reference(base: Identity) -> str:
@@ -323,52 +436,6 @@ def _check_tensor(tensor: np.ndarray, name: str, shape: tuple[int, ...], where: 
         raise UserError(f"tensor {name!r} holds NaN or infinity", where, "train it again")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    where = str(folder / CONFIG)
-    fields = read_json(folder / CONFIG)
-    for key, value in fields.items():
-        neutral = value is None or value is False or value in ({}, [], "")
-        allowed = value in _ONLY[key] if key in _ONLY else neutral or key in _READ | _IGNORED
-        if not allowed:
-            raise UserError(
-                f"adapter config field {key!r} is {value!r}", where, "use a plain LoRA adapter"
-            )
-    for key in ("r", "lora_alpha", "target_modules", "peft_type"):
-        if not fields.get(key):
-            raise UserError(f"adapter config lacks {key!r}", where, "use a plain LoRA adapter")
-    numbers = [fields["lora_alpha"], fields.setdefault("lora_dropout", 0.0)]
-    patterns = [fields["target_modules"]] if isinstance(fields["target_modules"], str) else []
-    try:
-        for key in ("rank_pattern", "alpha_pattern"):
-            numbers += (fields.get(key) or {}).values()
-            patterns += (fields.get(key) or {}).keys()
-        for pattern in patterns:
-            re.compile(pattern)
-    except (AttributeError, re.error):
-        raise UserError("broken pattern in adapter config", where, "correct the config") from None
-    if any(type(value) not in (int, float) for value in numbers):
-        raise UserError("rank, alpha or dropout is no number", where, "correct the config")
-    return fields
-
-
-def _setting(fields: Mapping[str, Any], pattern: str, default: str, module: str) -> Any:
-    """Rank or alpha of a module, by PEFT's rule: the first pattern that its name ends with."""
-    for key, value in (fields.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return fields[default]
-
-
-def _is_target(fields: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT adapts a linear module: by the end of its name, or a regex of all of it."""
-    targets = fields["target_modules"]
-    if targets == "all-linear":
-        return module != "lm_head"
-    if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in targets)
-
-
 def _weights(folder: Path) -> Path:
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS
@@ -379,16 +446,3 @@ def _weights(folder: Path) -> Path:
             "save it with peft's save_pretrained, which writes safetensors",
         )
     raise UserError(f"missing {WEIGHTS}", str(folder), "check the path")
-
-
-def _check_base(folder: Path, base: Identity) -> None:
-    if not (folder / BASE).is_file():
-        return
-    written = read_json(folder / BASE)
-    if written.get("fingerprint") != base.fingerprint:
-        raise UserError(
-            f"adapter was trained on base {written.get('name')!r} from {written.get('source')!r}, "
-            f"whose weights differ from those of {base.name!r} from {base.source!r}",
-            str(folder),
-            "load its own base, or allow any base",
-        )

@@ -75,6 +75,11 @@ class Rule:
         theirs, ours = self._sides()
         return len(theirs) == 2 and [*itertools.chain(*ours)] == theirs[1] + theirs[0]
 
+    @property
+    def embedding(self) -> bool:
+        """Whether it is a table of token vectors [V, D]."""
+        return self.layout == "V D -> V D"
+
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Shape of each of their tensors."""
         return _joined(self._sides()[0], sizes)
@@ -147,6 +152,10 @@ class RuleTable:
     spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Regular expressions of parts of names that some checkpoints spell otherwise, and how the
     rules spell them."""
+    parameters: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Parameters in which models of transformers 5 hold what checkpoints have by modules, in
+    the order of their layers: to the paths of our leaves in each, outputs one behind the
+    other."""
 
     def import_params(
         self,

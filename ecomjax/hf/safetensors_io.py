@@ -47,7 +47,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     }.items()
 }
 
-_DTYPES = {
+_WRITTEN = {
     np.dtype(dtype): name
     for dtype, name in (
         (np.bool_, "BOOL"),
@@ -67,7 +67,7 @@ _DTYPES = {
 }
 """What is written; the library puts the last of them first, so that all are aligned."""
 
-_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
+_RANK = {dtype: rank for rank, dtype in enumerate(_WRITTEN)}
 
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npy", ".npz", ".h5", ".msgpack")
 
@@ -303,7 +303,7 @@ def _writing(path: Path, shapes: Mapping[str, Any]) -> Iterator[Callable[[str, n
     for name in names:
         places[name], end = end, end + _size(shapes[name])
         header[name] = {
-            "dtype": _DTYPES[np.dtype(shapes[name].dtype)],
+            "dtype": _WRITTEN[np.dtype(shapes[name].dtype)],
             "shape": list(shapes[name].shape),
             "data_offsets": [places[name], end],
         }

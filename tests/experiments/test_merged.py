@@ -24,7 +24,8 @@ from ecomjax.experiments.config import from_config
 from ecomjax.experiments.files import read_json
 from ecomjax.hf import families
 from ecomjax.hf.checkpoints import load_pretrained, open_pretrained, save_pretrained
-from ecomjax.hf.peft import BASE, CONFIG, WEIGHTS, read_adapter, write_adapter
+from ecomjax.hf.peft import CONFIG, WEIGHTS, read_adapter, write_adapter
+from ecomjax.hf.peft_record import BASE
 from ecomjax.typing import DoRA, LowRank
 
 ROOT = Path(__file__).resolve().parents[2]

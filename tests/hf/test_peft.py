@@ -1,5 +1,6 @@
 """Adapters in PEFT's layout: exact round trips, PEFT as the oracle, bad folders refused."""
 
+import dataclasses
 import json
 import os
 
@@ -13,11 +14,10 @@ from ecomjax import trees
 from ecomjax.errors import UserError
 from ecomjax.hf import families
 from ecomjax.hf.checkpoints import save_pretrained
-from ecomjax.hf.peft import CONFIG, WEIGHTS, read_adapter, write_adapter
-from ecomjax.models import registry
-from ecomjax.models.bart import BartConfig
-from ecomjax.models.t5 import T5Config
-from ecomjax.typing import LowRank
+from ecomjax.hf.peft import WEIGHTS, read_adapter, read_base, write_adapter
+from ecomjax.hf.peft_config import CONFIG
+from ecomjax.hf.peft_record import BASE
+from ecomjax.typing import DoRA, LowRank
 
 Q, DOWN = "layers/attn/q/kernel", "layers/mlp/down/kernel"
 Q_A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -29,12 +29,13 @@ def make_adapter(config):
     table = families.rule_table(config)
     rules = {rule.ours: rule for rule in table.rules if rule.linear}
 
-    def make(ranks=None, alpha=7.0, dtype=np.float32):
+    def make(ranks=None, alpha=7.0, dtype=np.float32, layers=config.layers):
         rng = np.random.default_rng(0)
         leaves = {}
         for path, rank in (ranks or dict.fromkeys(rules, 3)).items():
             rule = rules[path]
-            (d_out, d_in), stack = rule.shape(table.sizes), rule.stack(table.sizes)
+            d_out, d_in = rule.shape(table.sizes)
+            stack = rule.stack({**table.sizes, "L": layers})
             a = 0.2 * rng.standard_normal((*stack, d_in, rank), np.float32)
             b = 0.2 * rng.standard_normal((*stack, rank, d_out), np.float32)
             scale = np.full(stack, alpha / rank, np.float32)
@@ -130,67 +131,6 @@ def test_peft_computes_the_same(
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        T5Config(264, 16, 2, 3, 3, 8, 20, gated=True),
-        BartConfig(264, 16, 2, 3, 2, 4, 20, 28, max_positions=24),
-    ],
-    ids=["t5", "bart"],
-)
-def test_encoder_and_decoder_apart(config, tokenizer, identity, make_adapter, tokens, tmp_path):
-    """Kernels of one name have ranks of their own; all, or those of one side alone."""
-    peft = pytest.importorskip("peft")
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    model = registry.build(config)
-    shapes = registry.describe(model)[0]
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape, np.float32), shapes)
-    save_pretrained(tmp_path / "base", config, params, tokenizer)
-    paths = [path for path in trees.flatten(shapes) if path.endswith("kernel")]
-    side = [path for path in paths if path.startswith("encoder")]
-    for ranks in ({path: 2 + (path in side) for path in paths}, dict.fromkeys(side, 4)):
-        adapter = make_adapter(ranks)
-        write_adapter(tmp_path / "adapter", adapter, config, identity)
-        assert_equal(read_adapter(tmp_path / "adapter", config, identity), adapter)
-        base = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base").eval()
-        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
-        with torch.no_grad():
-            inputs = torch.from_numpy(tokens.astype(np.int64))
-            theirs = adapted(input_ids=inputs, decoder_input_ids=inputs).logits.numpy()
-        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-        batch = (tokens, positions, np.ones_like(tokens))
-
-        def own(variables, *batch):
-            return model.apply(variables, *batch, method="everything")
-
-        variables = jax.tree.map(jax.numpy.asarray, {"params": params, "lora": adapter})
-        ours = jax.jit(own)(variables, *batch)
-        assert np.abs(ours - theirs).max() <= 2e-5 * np.abs(theirs).max()
-
-
-@pytest.mark.parametrize("rslora", [False, True])
-def test_reads_what_peft_writes(
-    config, params, identity, logits, torch_model, tokens, tmp_path, rslora
-):
-    peft = pytest.importorskip("peft")
-    torch = pytest.importorskip("torch")
-    settings = peft.LoraConfig(
-        r=4, lora_alpha=6, use_rslora=rslora, target_modules=r".*\.(k_proj|o_proj|gate_proj)"
-    )
-    model = peft.get_peft_model(torch_model, settings).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2)
-    model.save_pretrained(tmp_path / "adapter")
-    adapter = read_adapter(tmp_path / "adapter", config, identity)
-    theirs = logits_of(model, tokens)
-    ours = logits(config, params, tokens, adapter)
-    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
-
-
 @pytest.fixture
 def folder(config, identity, make_adapter, tmp_path):
     write_adapter(tmp_path / "adapter", make_adapter(), config, identity)
@@ -208,20 +148,32 @@ def test_another_base_is_refused(folder, config, other_identity):
     [
         ({"r": 4}, r"lora_A\.weight' has shape \[3, 24\], config and base say \[4, 24\]"),
         ({"rank_pattern": {"v_proj": 5}}, r"v_proj\.lora_A.* \[3, 24\], .* say \[5, 24\]"),
-        ({"rank_pattern": {"layers.1.self_attn.v_proj": 5}}, "one positive rank for all layers"),
+        (
+            {"rank_pattern": {"layers.1.self_attn.v_proj": 5}},
+            r"1\.self_attn\.v_proj.* say \[5, 24\]",
+        ),
+        ({"rank_pattern": {"v_proj": -1}}, "rank of 'model.layers.0.self_attn.v_proj' is -1"),
         ({"r": 0}, "lacks 'r'"),
-        ({"r": 3.0}, "one positive rank"),
+        ({"r": 3.0}, r"rank of .* is 3\.0"),
+        ({"alpha_pattern": {"v_proj": float("nan")}}, "is no number"),
         ({"lora_alpha": "7"}, "is no number"),
         ({"alpha_pattern": {"(": 1}}, "broken pattern"),
-        ({"use_dora": True}, "'use_dora' is True"),
+        ({"use_dora": True}, r"missing tensor '.*\.lora_magnitude_vector'"),
+        ({"use_dora": "yes"}, "'use_dora' is 'yes'"),
         ({"bias": "all"}, "'bias' is 'all'"),
         ({"modules_to_save": ["embed_tokens"]}, "'modules_to_save'"),
-        ({"init_lora_weights": "pissa"}, "'init_lora_weights' is 'pissa'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "olora"}, "'init_lora_weights' is 'olora'"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "is 'loftq'.*merge it"),
         ({"peft_type": "IA3"}, "'peft_type' is 'IA3'"),
         ({"layers_to_transform": [1]}, "'layers_to_transform'"),
         ({"shiny_new_variant": 1}, "'shiny_new_variant' is 1"),
         ({"target_modules": ["q_proj"]}, "belongs to no target module"),
         ({"target_modules": ["layers.0.self_attn.q_proj"]}, "not every layer"),
+        ({"target_modules": ["q_proj", "c_attn"]}, "target 'c_attn' is no linear layer"),
+        ({"target_modules": ".*c_attn"}, r"target '\.\*c_attn' is no linear layer"),
+        ({"target_modules": {"q_proj": 1}}, "'target_modules' is {'q_proj': 1}"),
+        ({"target_parameters": ["q_proj.weight"]}, r"target 'q_proj\.weight' is no"),
     ],
 )
 def test_config_refused(folder, config, identity, fields, message):
@@ -251,10 +203,137 @@ def test_tensors_refused(folder, config, identity, change, message):
         read_adapter(folder, config, identity)
 
 
-def test_adapter_without_effect_is_allowed(folder, config, identity):
-    tensors = load_file(folder / WEIGHTS)
-    save_file({k: 0 * v if "lora_B" in k else v for k, v in tensors.items()}, folder / WEIGHTS)
+def test_adapter_without_effect_is_told(folder, config, identity, caplog):
     read_adapter(folder, config, identity)
+    assert not caplog.text
+    tensors = load_file(folder / WEIGHTS)
+    still = {k: 0 * v if "q_proj.lora_B" in k else v for k, v in tensors.items()}
+    save_file(still, folder / WEIGHTS)
+    read_adapter(folder, config, identity)
+    kernels = 7 if config.tied_embeddings else 8
+    assert f"B is zero in 1 of {kernels} kernels, such as {Q}" in caplog.text
+
+
+def test_base_is_read_without_a_model(folder, config, identity):
+    base = read_base(folder)
+    assert base == identity
+    assert read_adapter(folder, config)
+    (folder / BASE).write_text(json.dumps({"name": "tiny"}))
+    with pytest.raises(UserError, match=r"not the record of an adapter.*base\.json"):
+        read_base(folder)
+    (folder / BASE).unlink()
+    assert read_base(folder) is None
+    assert read_adapter(folder, config, identity)
+
+
+def test_ranks_by_layer(config, identity, make_adapter, tmp_path):
+    """Every layer is written at its own, and padded again; names do not match longer ones."""
+    config = dataclasses.replace(config, layers=12)
+    adapter = make_adapter({Q: 3}, layers=12)
+    leaf = adapter["layers"]["attn"]["q"]["kernel"]
+    ranks = np.full(12, 3, np.int32)
+    ranks[1], ranks[11] = 2, 1
+    inside = np.arange(3) < ranks[:, None]
+    padded = leaf.replace(
+        a=np.where(inside[:, None], leaf.a, 0), b=np.where(inside[..., None], leaf.b, 0)
+    )
+    adapter["layers"]["attn"]["q"]["kernel"] = padded.replace(ranks=ranks)
+    write_adapter(tmp_path / "adapter", adapter, config, identity)
+    fields = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    name = "model.layers.{}.self_attn.q_proj"
+    assert fields["rank_pattern"] == {name.format(1): 2, name.format(11): 1}
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    assert tensors[Q_A0.replace(".0.", ".11.")].shape == (1, 24)
+    again = read_adapter(tmp_path / "adapter", config, identity)
+    assert_equal(again, adapter)
+    np.testing.assert_array_equal(again["layers"]["attn"]["q"]["kernel"].ranks, ranks)
+    adapter["layers"]["attn"]["q"]["kernel"] = leaf.replace(ranks=ranks)
+    with pytest.raises(UserError, match="is of rank 2 in factors of 3"):
+        write_adapter(tmp_path / "adapter", adapter, config, identity)
+
+
+def with_magnitude(leaf):
+    magnitude = np.ones((*leaf.scale.shape, leaf.b.shape[-1]), np.float32)
+    return DoRA(leaf.a, leaf.b, leaf.scale, magnitude, leaf.dropout)
+
+
+def test_dora_and_plain_kernels_are_not_written_together(config, identity, make_adapter, tmp_path):
+    adapter = trees.map_leaves(with_magnitude, make_adapter({Q: 3, DOWN: 3}))
+    write_adapter(tmp_path / "adapter", adapter, config, identity)
+    adapter["layers"]["mlp"]["down"]["kernel"] = make_adapter()["layers"]["mlp"]["down"]["kernel"]
+    with pytest.raises(UserError, match=f"'{Q}' has DoRA and '{DOWN}' plain LoRA"):
+        write_adapter(tmp_path / "adapter", adapter, config, identity)
+
+
+MAGNITUDE = Q_A0.replace("lora_A.weight", "lora_magnitude_vector")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, r"missing tensor '.*0\.self_attn\.q_proj\.lora_magnitude_vector'"),
+        (np.ones(24, np.float32), r"magnitude_vector' has shape \[24\], .* say \[48\]"),
+        (np.ones((1, 48), np.float32), r"magnitude_vector' has shape \[1, 48\]"),
+        (np.full(48, np.nan, np.float32), "magnitude_vector' holds NaN"),
+    ],
+)
+def test_magnitudes_refused(config, identity, make_adapter, tmp_path, value, message):
+    folder = tmp_path / "adapter"
+    adapter = trees.map_leaves(with_magnitude, make_adapter({Q: 3}))
+    write_adapter(folder, adapter, config, identity)
+    tensors = load_file(folder / WEIGHTS) | {MAGNITUDE: value}
+    save_file({k: v for k, v in tensors.items() if v is not None}, folder / WEIGHTS)
+    with pytest.raises(UserError, match=message):
+        read_adapter(folder, config, identity)
+
+
+@pytest.fixture
+def embedding_folder(config, identity, tmp_path):
+    """Function (fields, tensors) -> the folder of an adapter of the embedding, so changed."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal(shape, np.float32) for shape in ((264, 3), (3, 24)))
+    adapter = {"embed": {"embedding": LowRank(a, b, np.array(2.0, np.float32))}}
+    folder = tmp_path / "embedding"
+
+    def make(fields=(), tensors=()):
+        write_adapter(folder, adapter, config, identity)
+        assert_equal(read_adapter(folder, config, identity), adapter)
+        changed = json.loads((folder / CONFIG).read_text()) | dict(fields)
+        (folder / CONFIG).write_text(json.dumps(changed))
+        changed = load_file(folder / WEIGHTS) | dict(tensors)
+        save_file({k: v for k, v in changed.items() if v is not None}, folder / WEIGHTS)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("config", [True], indirect=True)
+@pytest.mark.parametrize(
+    ("fields", "tensors", "message"),
+    [
+        (
+            {"ensure_weight_tying": False, "target_modules": ["embed_tokens"]},
+            {},
+            "targets 'model.embed_tokens' but not 'lm_head', which has the same weights",
+        ),
+        (
+            {"ensure_weight_tying": False, "target_modules": ["lm_head"]},
+            {},
+            "targets 'lm_head' but not 'model.embed_tokens', which has the same weights",
+        ),
+        (
+            {},
+            {"base_model.model.lm_head.lora_B.weight": np.zeros((264, 3), np.float32)},
+            "adapter of 'lm_head' is another than that of the embedding",
+        ),
+        ({"alpha_pattern": {"lm_head": 1}}, {}, "adapter of 'lm_head' is another"),
+        ({"use_dora": True}, {}, "DoRA of 'model.embed_tokens', which is no linear layer"),
+    ],
+)
+def test_tied_embeddings_refused(config, identity, embedding_folder, fields, tensors, message):
+    folder = embedding_folder(fields, tensors)
+    with pytest.raises(UserError, match=message):
+        read_adapter(folder, config, identity)
 
 
 def test_missing_and_broken_files(folder, config, identity):
