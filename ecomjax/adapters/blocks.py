@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 BLOCK = 2**17
 """Entries of a block: several of them, in float32, stay in the cache of a core."""
@@ -20,7 +22,28 @@ def row_blocks(shape: tuple[int, ...], entries: int = BLOCK) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, shape[0], rows)]
 
 
-def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """The results in the order of the items; numpy lets go of the interpreter while it counts."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(function, items))
+def in_threads(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None
+) -> Iterator[Result]:
+    """The results in the order of the items, computed on all cores or as many as are said.
+
+    numpy lets go of the interpreter while it counts.
+    """
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        yield from pool.map(function, items)
+
+
+def one_core_each() -> AbstractContextManager[Any]:
+    """Context in which a product or decomposition of matrices keeps to one core.
+
+    For work that `in_threads` shares out. On several cores the QR decomposition of a few
+    columns takes many times as long as on one: its steps are too short to be shared.
+    """
+    return _libraries().limit(limits=1, user_api="blas")
+
+
+@functools.cache
+def _libraries() -> Any:
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ecomjax import trees
-from ecomjax.adapters.blocks import BLOCK, row_blocks
+from ecomjax.adapters.blocks import BLOCK, in_threads, row_blocks
 from ecomjax.errors import UserError
 from ecomjax.typing import Adapter, LowRank
 
@@ -172,10 +172,10 @@ def approximate(
         whole = Decomposition(*np.linalg.svd(matrix, full_matrices=False))
     else:
         sketch = rng.standard_normal((matrix.shape[1], width), np.float32)
-        q = np.linalg.qr(matrix @ sketch)[0]
+        q = np.linalg.qr(_times(matrix, sketch))[0]
         for _ in range(iterations):
-            q = np.linalg.qr(matrix @ np.linalg.qr(matrix.T @ q)[0])[0]
-        u, s, vt = np.linalg.svd(q.T @ matrix, full_matrices=False)
+            q = np.linalg.qr(_times(matrix, np.linalg.qr(_turned_times(matrix, q))[0]))[0]
+        u, s, vt = np.linalg.svd(_turned_times(matrix, q).T, full_matrices=False)
         whole = Decomposition(q @ u, s, vt)
     near, _ = truncate(whole, rank)
     return near, relative_error(matrix, near)
@@ -188,7 +188,21 @@ def relative_error(matrix: Float[np.ndarray, "d_in d_out"], near: Factors) -> fl
         rest = matrix[rows] - near.a[rows] @ near.b
         return float(np.linalg.norm(rest)) ** 2, float(np.linalg.norm(matrix[rows])) ** 2
 
-    # Products of matrices use all cores as they are, if they are large.
-    blocks = row_blocks(matrix.shape, 32 * BLOCK)
-    rest, norm = np.sum([squares(rows) for rows in blocks], axis=0)
+    rest, norm = np.sum(list(in_threads(squares, _large_blocks(matrix))), axis=0)
     return float(np.sqrt(rest / norm)) if norm else 0.0
+
+
+def _times(matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """matrix @ x, block by block."""
+    return np.concatenate(list(in_threads(lambda rows: matrix[rows] @ x, _large_blocks(matrix))))
+
+
+def _turned_times(matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """matrix.T @ x, block by block."""
+    parts = in_threads(lambda rows: matrix[rows].T @ x[rows], _large_blocks(matrix))
+    return np.sum(list(parts), axis=0)
+
+
+def _large_blocks(matrix: np.ndarray) -> list[slice]:
+    """Blocks large enough that products of them pay."""
+    return row_blocks(matrix.shape, 16 * BLOCK)

@@ -21,9 +21,10 @@ import numpy as np
 
 from ecomjax import trees
 from ecomjax.adapters import consensus
-from ecomjax.adapters.blocks import in_threads, row_blocks
+from ecomjax.adapters.blocks import in_threads, one_core_each, row_blocks
 from ecomjax.adapters.lowrank import (
     Factors,
+    Shape,
     add,
     approximate,
     factors_of,
@@ -143,18 +144,23 @@ class Plan:
         b: Any = np.empty(wanted.b.shape, np.float32)
         scale: Any = np.ones(shape.stack, np.float32)
         rank, squares, sizes = a.shape[-1], [], []
-        for index in np.ndindex(shape.stack):
-            name = matrix_name(path, index)
+
+        def merge_one(index: tuple[int, ...]) -> tuple[Factors, float, float, list[float]]:
             terms = [factors_of(leaf, shape, index) for leaf in leaves]
             shares = [float(weight) for weight in self.weights[path][(slice(None), *index)]]
-            near, norm, error = _merge_matrix(
-                terms, shares, self.row, self.options, rank, name, self.seed
-            )
-            a[index], b[index] = near
-            squares.append((norm, norm * error))
-            sizes.append([math.sqrt(max(0.0, inner(term, term))) for term in terms])
-            if on_matrix:
-                on_matrix(name)
+            name = matrix_name(path, index)
+            merged = _merge_matrix(terms, shares, self.row, self.options, rank, name, self.seed)
+            return *merged, [math.sqrt(max(0.0, inner(term, term))) for term in terms]
+
+        # What is dense fills all cores with one matrix.
+        threads, places = 1 if self.row.space == "dense" else None, list(np.ndindex(shape.stack))
+        with one_core_each():
+            for index, found in zip(places, in_threads(merge_one, places, threads), strict=True):
+                (a[index], b[index]), norm, error, own = found
+                squares.append((norm, norm * error))
+                sizes.append(own)
+                if on_matrix:
+                    on_matrix(matrix_name(path, index))
         norm, rest = (math.hypot(*column) for column in zip(*squares, strict=True))
         report = KernelReport(
             norms=tuple(math.hypot(*column) for column in zip(*sizes, strict=True)),
@@ -230,12 +236,12 @@ def _merge_matrix(
         return np.random.default_rng([seed, zlib.crc32(name.encode()), number])
 
     if row.space == "dense":
-        merged = _mix([term.a @ term.b for term in terms], weights, row, options, draw)
+        merged = _mix(lambda i: terms[i].a @ terms[i].b, weights, row, options, draw)
         near, error = approximate(merged, rank, draw(len(terms)))
         return near, float(np.linalg.norm(merged)), error
     if row.space == "aligned":
         coordinates, basis = consensus.align(terms)
-        product = Factors(_mix(coordinates, weights, row, options, draw), basis)
+        product = Factors(_mix(coordinates.__getitem__, weights, row, options, draw), basis)
     elif row.consensus == "slerp":
         product = add(terms, consensus.spherical(terms, weights, name))
     else:
@@ -248,18 +254,24 @@ def _merge_matrix(
 
 
 def _mix(
-    matrices: Sequence[np.ndarray],
+    matrix: Callable[[int], np.ndarray],
     weights: Sequence[float],
     row: Method,
     options: Options,
     draw: Callable[[int], np.random.Generator],
 ) -> np.ndarray:
-    """Drops entries of matrices and puts the rest together, all in their own memory."""
+    """Drops entries of matrices and puts the rest together, all in their own memory.
+
+    Args:
+        matrix: the matrix of the adapter of a number.
+        weights, row, options: see `_merge_matrix`.
+        draw: the generator of a number.
+    """
 
     def drop(number: int) -> np.ndarray:
         assert row.sparsify is not None
         return sparsify(
-            matrices[number],
+            matrix(number),
             row.sparsify,
             options.density,
             draw(number),
@@ -268,10 +280,10 @@ def _mix(
             options.rescale,
         )
 
-    dropped = in_threads(drop, range(len(matrices)))
+    dropped = list(in_threads(drop, range(len(weights))))
 
     def mix(rows: slice) -> None:
-        blocks = [matrix[rows] for matrix in dropped]
+        blocks = [one[rows] for one in dropped]
         if row.consensus == "sign":
             blocks[0][:] = consensus.elect(
                 blocks, weights, row.normalise, options.elect, options.votes
@@ -279,5 +291,5 @@ def _mix(
         else:
             blocks[0][:] = consensus.weighted_sum(blocks, weights, row.normalise)
 
-    in_threads(mix, row_blocks(dropped[0].shape))
+    list(in_threads(mix, row_blocks(dropped[0].shape)))
     return dropped[0]

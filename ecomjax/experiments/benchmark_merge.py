@@ -131,8 +131,8 @@ class _Drawn(dict[str, LowRank]):
     def __getitem__(self, path: str) -> LowRank:
         rng = np.random.default_rng([self._seed, sorted(self).index(path)])
         wanted = super().__getitem__(path)
-        a = rng.standard_normal(wanted.a.shape, np.float32)
-        b = 0.02 * rng.standard_normal(wanted.b.shape, np.float32)
+        a: Any = rng.standard_normal(wanted.a.shape, np.float32)
+        b: Any = 0.02 * rng.standard_normal(wanted.b.shape, np.float32)
         scale: Any = np.full(wanted.scale.shape, 2.0, np.float32)
         return LowRank(a=a, b=b, scale=scale)
 

@@ -500,7 +500,7 @@ elif moment == "weights complete":
     killing(safetensors_io.os, "fsync", 1, after=True)
 elif moment == "before the folder moves":
     killing(files.os, "rename", 1)
-elif moment == "after the folder moved":
+elif moment in ("after the folder moved", "between two folders"):
     killing(files.os, "rename", 1, after=True)
 elif moment == "before the record":
     killing(merged, "write_json", 1)
@@ -508,14 +508,16 @@ raw = configs.get_config()
 raw.model.path, raw.output, raw.adapters = base, output, tuple(adapters)
 merged.run(from_config(raw), workdir)
 """
-MOMENTS = [
-    "first kernel",
-    "second kernel",
-    "weights complete",
-    "before the folder moves",
-    "after the folder moved",
-    "before the record",
-]
+MOMENTS = {
+    "first kernel": False,
+    "second kernel": False,
+    "weights complete": False,
+    "before the folder moves": False,
+    "after the folder moved": True,
+    "between two folders": False,
+    "before the record": True,
+}
+"""And whether the folder is then there; between two, the old one has just been moved away."""
 
 
 @pytest.mark.slow
@@ -527,7 +529,7 @@ def test_killed_at_any_moment_the_folder_is_absent_or_complete(
     merged.run(make_config(pair, output=output), str(tmp_path / "whole"))
     expected = files_of(tmp_path / "whole" / output)
     run = tmp_path / "run"
-    for number, moment in enumerate(MOMENTS):
+    for moment, complete in MOMENTS.items():
         arguments = [tiny_base, output, run, moment, *pair]
         done = subprocess.run(
             [sys.executable, "-c", KILLED, *map(str, arguments)],
@@ -538,11 +540,11 @@ def test_killed_at_any_moment_the_folder_is_absent_or_complete(
         )
         assert done.returncode == -signal.SIGKILL, (moment, done.stderr)
         assert not (run / "merge.json").exists()
-        complete = number >= MOMENTS.index("after the folder moved")
         assert (run / output).exists() == complete, moment
         if complete:
             assert files_of(run / output) == expected
-    assert any(path.name.startswith(f".{output}.") for path in run.iterdir())
+        left = any(path.name.startswith(f".{output}.") for path in run.iterdir())
+        assert left == (moment != "before the record")
     merged.run(make_config(pair, output=output), str(run))
     assert files_of(run / output) == expected and (run / "merge.json").exists()
     assert not any(path.name.startswith(f".{output}.") for path in run.iterdir())
