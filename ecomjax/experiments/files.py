@@ -16,13 +16,13 @@ import numpy as np
 from ecomjax.errors import UserError
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file by `text`; whoever reads it meets the old or the new one, whole."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replaces a file by `data`; whoever reads it meets the old or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -30,6 +30,11 @@ def write_text(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of the text in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
