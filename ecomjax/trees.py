@@ -52,8 +52,9 @@ def map_leaves(function: Callable[..., Any], tree: Mapping[str, Any], *rest) -> 
 
 
 def count(tree: Any) -> int:
-    """Number of array elements."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+    """Number of array elements; what stands for an array, by its shape, counts as that one."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return sum(int(np.prod(leaf.shape)) for leaf in leaves)
 
 
 def bytes_of(tree: Any) -> int:

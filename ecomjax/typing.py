@@ -109,6 +109,42 @@ class AdapterLeaf(Protocol):
         ...
 
 
+@runtime_checkable
+class FrozenKernel(Protocol):
+    """A kernel that is no array and never trained, such as a quantized one.
+
+    Its arrays lead with the stacked axes and have as many axes as the kernel it stands for,
+    so that layers and experts are sliced off and split over devices as those of an array.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the kernel it stands for."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """Of the kernel it stands for."""
+        ...
+
+    def reshape(self, d_in: int, d_out: int) -> FrozenKernel:
+        """One kernel, of no stack, as a matrix."""
+        ...
+
+    def astype(self, dtype: Any) -> Float[Array, "..."]:
+        """The kernel as an array."""
+        ...
+
+    def matmul(
+        self, x: Float[Array, "*B d_in"], sizes: Int[Array, "E"] | None = None
+    ) -> Float[Array, "*B d_out"]:
+        """x @ kernel, of no stack, in the dtype of x, which alone gets a gradient.
+
+        With sizes, of kernels [E, d_in, d_out] and rows [M, d_in] that lie expert by expert.
+        """
+        ...
+
+
 def matmul(
     x: Float[Array, "*B d_in"], matrix: Float[Array, "d_in d_out"]
 ) -> Float[Array, "*B d_out"]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ecomjax.typing import ParamAxes, matmul
+from ecomjax.typing import FrozenKernel, ParamAxes, matmul
 
 
 class DeclaredAxes(nn.Partitioned[Any]):
@@ -37,12 +37,30 @@ def declare(init, names: tuple[str, ...], inputs: int = 0):
     return boxed
 
 
+def multiply(
+    x: Float[Array, "*B d_in"], kernel: Any, sizes: Int[Array, "E"] | None = None
+) -> tuple[Float[Array, "*B d_out"], Any]:
+    """x @ kernel in the dtype of x, and the kernel as adapters see it: an array in that dtype,
+    or a `FrozenKernel`.
+
+    Args:
+        x: inputs.
+        kernel: [*in, *out], read as a matrix, or with sizes [E, d_in, d_out].
+        sizes: the first sizes[0] rows of x [M, d_in] are of the first matrix, and so on.
+    """
+    matrix = kernel.reshape(x.shape[-1], -1) if sizes is None else kernel
+    if isinstance(kernel, FrozenKernel):
+        return kernel.matmul(x, sizes), matrix
+    matrix = jnp.asarray(matrix.astype(x.dtype))
+    return matmul(x, matrix) if sizes is None else jax.lax.ragged_dot(x, matrix, sizes), matrix
+
+
 class Linear(nn.Module):
     """y = x @ kernel, with kernel [*in, *out] read as a matrix [d_in, d_out].
 
     Where the "lora" collection has an entry at this kernel's path, its leaf turns y into
-    the adapted output; no merged weight is formed. The kernel itself may be any struct
-    with an array's `reshape` and `astype`, such as a quantized one that dequantizes there.
+    the adapted output; no merged weight is formed. The kernel may be a
+    `FrozenKernel`.
     """
 
     out: tuple[int, ...]
@@ -70,8 +88,7 @@ class Linear(nn.Module):
             init = declare(init, self.axes, self.inputs)
             kernel = self.param("kernel", init, (*d_in, *self.out), self.param_dtype)
         x = x.reshape(*x.shape[: x.ndim - self.inputs], -1).astype(self.dtype)
-        matrix = jnp.asarray(kernel.reshape(x.shape[-1], -1).astype(self.dtype))
-        y = matmul(x, matrix)
+        y, matrix = multiply(x, kernel)
         if self.has_variable("lora", "kernel"):
             leaf = self.get_variable("lora", "kernel")
             key = self.make_rng("dropout") if self.has_rng("dropout") else None

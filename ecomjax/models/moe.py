@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ecomjax.models.layers import ACTIVATIONS, FeedForward, Linear, declare
+from ecomjax.models.layers import ACTIVATIONS, FeedForward, Linear, declare, multiply
 
 Dispatch = Literal["dense", "ragged"]
 
@@ -179,8 +179,8 @@ class RaggedLinear(nn.Module):
             init = declare(init, ("experts", *self.axes), 1)
             shape = (self.experts, x.shape[-1], self.out)
             kernel = self.param("kernel", init, shape, self.param_dtype)
-        x, kernel = x.astype(self.dtype), jnp.asarray(kernel.astype(self.dtype))
-        y = jax.lax.ragged_dot(x, kernel, sizes)
+        x = x.astype(self.dtype)
+        y, kernel = multiply(x, kernel, sizes)
         if self.has_variable("lora", "kernel"):
             leaf = self.get_variable("lora", "kernel")
             key = self.make_rng("dropout") if self.has_rng("dropout") else None

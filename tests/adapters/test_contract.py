@@ -1,4 +1,4 @@
-"""The contract of adapters and kernels holds what is not in the package: it need not change."""
+"""The contract of adapters holds what is not in the package: it need not change."""
 
 from typing import Any
 
@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ecomjax import trees
-from ecomjax.adapters import lora
-from ecomjax.adapters.rules import LoraRule
 
 
 def assert_close(ours, expected, tolerance=1e-5):
@@ -61,54 +59,3 @@ def test_every_kernel_of_every_layer_has_its_own_key(tiny, tokens):
         jax.block_until_ready(run({"params": tiny.params, "lora": adapter}, rngs))
         jax.effects_barrier()
         assert len(seen) == len(set(seen)) == keys
-
-
-class Quantized(flax.struct.PyTreeNode):
-    """A kernel in int8, a scale by output; an array to whoever reshapes and casts it."""
-
-    values: Any
-    scales: Any
-
-    @classmethod
-    def of(cls, kernel, axes):
-        inputs = tuple(range(axes.stacked, axes.stacked + axes.inputs))
-        scales = np.abs(kernel).max(axis=inputs, keepdims=True) / 127
-        return cls(np.round(kernel / scales).astype(np.int8), scales)
-
-    @property
-    def shape(self):
-        return self.values.shape
-
-    @property
-    def dtype(self):
-        return self.scales.dtype
-
-    def reshape(self, d_in, d_out):
-        return Quantized(self.values.reshape(d_in, d_out), self.scales.reshape(1, d_out))
-
-    def astype(self, dtype):
-        return (self.values.astype(self.dtype) * self.scales).astype(dtype)
-
-
-def test_holds_a_quantized_base(tiny, make_adapter, tokens):
-    """Base alone, adapter beside it, and both fused into a dense model."""
-    axes = trees.flatten(tiny.axes)
-
-    def converted(convert):
-        flat = trees.flatten(tiny.params).items()
-        return trees.unflatten(
-            {path: convert(x, axes[path]) if path.endswith("kernel") else x for path, x in flat}
-        )
-
-    quantized = converted(Quantized.of)
-    dense = converted(lambda x, a: Quantized.of(x, a).astype(np.float32))
-    assert_close(tiny.logits(tokens, params=quantized), tiny.logits(tokens, params=dense), 1e-6)
-    rules = [LoraRule(rank=3)]
-    fresh, expected = (
-        lora.init(base, tiny.axes, rules, jax.random.key(0))[1] for base in (quantized, dense)
-    )
-    jax.tree.map(np.testing.assert_array_equal, fresh, expected)
-    adapter = make_adapter(1)
-    side = tiny.logits(tokens, params=quantized, lora=adapter)
-    assert_close(side, tiny.logits(tokens, params=dense, lora=adapter))
-    assert_close(side, tiny.logits(tokens, params=lora.fuse(quantized, adapter)))
