@@ -89,6 +89,8 @@ def specs(
 ) -> tuple[Params, list[Fallback]]:
     """How each parameter is split, and which axes are not, though `RULES` say so.
 
+    Each array of a quantized kernel is split as the kernel that it stands for.
+
     Args:
         axes, shapes: what `models.registry.describe` returns, or arrays for the shapes.
         mesh: from `make_mesh`.
@@ -98,24 +100,31 @@ def specs(
         ValueError: a logical axis that `RULES` lack, or two of a parameter on one mesh axis.
         UserError: more bytes are replicated than allowed.
     """
-    fallbacks: list[Fallback] = []
+    fallbacks: dict[Fallback, None] = {}
     excess, flat = 0.0, {}
     described = trees.flatten(shapes)
     for path, leaf in trees.flatten(axes).items():
-        shape = described[path].shape
-        flat[path], missed = _spec(path, leaf.names, shape, mesh)
-        fallbacks += missed
-        held = math.prod(NamedSharding(mesh, flat[path]).shard_shape(shape))
-        lost = math.prod(fallback.parts for fallback in missed)
-        excess += held * (1 - 1 / lost) * np.dtype(described[path].dtype).itemsize
+        arrays, struct = jax.tree.flatten(described[path])
+        specs_of_leaf = []
+        for array in arrays:
+            # Scales have axes of 1 where the kernel has many: nothing to split, nothing to tell.
+            whole = zip(leaf.names, array.shape, described[path].shape, strict=True)
+            names = [None if size == 1 < full else name for name, size, full in whole]
+            spec, missed = _spec(path, names, array.shape, mesh)
+            fallbacks |= dict.fromkeys(missed)
+            held = math.prod(NamedSharding(mesh, spec).shard_shape(array.shape))
+            lost = math.prod(fallback.parts for fallback in missed)
+            excess += held * (1 - 1 / lost) * np.dtype(array.dtype).itemsize
+            specs_of_leaf.append(spec)
+        flat[path] = jax.tree.unflatten(struct, specs_of_leaf)
     if excess > most_replicated:
         raise UserError(
-            f"{excess / 2**30:.1f} GiB are replicated on every device: {fallbacks[0]}"
+            f"{excess / 2**30:.1f} GiB are replicated on every device: {next(iter(fallbacks))}"
             + (f" and {len(fallbacks) - 1} more" if len(fallbacks) > 1 else ""),
             "mesh",
             "use a mesh whose sizes divide the model's",
         )
-    return trees.unflatten(flat), fallbacks
+    return trees.unflatten(flat), list(fallbacks)
 
 
 def adapter_specs(adapter: Adapter, axes: Params, mesh: Mesh) -> Adapter:
@@ -131,13 +140,16 @@ def adapter_specs(adapter: Adapter, axes: Params, mesh: Mesh) -> Adapter:
 
 
 def _spec(
-    path: str, names: Sequence[str], shape: Sequence[int], mesh: Mesh
+    path: str, names: Sequence[str | None], shape: Sequence[int], mesh: Mesh
 ) -> tuple[PartitionSpec, list[Fallback]]:
-    """Of the axes that have names, the leading ones of the shape."""
+    """Of the axes that have names, the leading ones of the shape; None is not split."""
     spec: list[str | tuple[str, ...] | None] = []
     taken: dict[str, str] = {}
     fallbacks: list[Fallback] = []
     for name, size in zip(names, shape, strict=False):
+        if name is None:
+            spec.append(None)
+            continue
         if name not in RULES:
             raise ValueError(f"{path}: no rule for the logical axis {name!r}")
         rule = RULES[name]

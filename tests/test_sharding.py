@@ -10,6 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from ecomjax import sharding, trees
 from ecomjax.adapters import lora
+from ecomjax.adapters.quantize import quantize
 from ecomjax.adapters.rules import LoraRule
 from ecomjax.errors import UserError
 from ecomjax.models import registry
@@ -106,15 +107,24 @@ def test_sharded_is_unsharded(config, mesh, batch):
     assert held < 0.7 * trees.bytes_of(params)
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral_ragged", "mixtral_dense"])
-def test_training_loss_and_gradients(name, mesh, batch):
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [
+        *((name, None) for name in ("llama", "mixtral_ragged", "mixtral_dense")),
+        *(("llama", kind) for kind in ("int8", "nf4")),
+        ("mixtral_ragged", "nf4"),
+    ],
+)
+def test_training_loss_and_gradients(name, quantization, mesh, batch):
     """Adapters lie whole on every device, but for their experts."""
     model = registry.build(CASES[name])
     shapes, axes = registry.describe(model)
     params = random_params(shapes)
     _, adapter = lora.init(params, axes, [LoraRule(rank=3)], jax.random.key(0))
     adapter = trees.map_leaves(lambda leaf: leaf.replace(b=leaf.b + 0.1), adapter)
-    specs, _ = sharding.specs(axes, shapes, mesh)
+    if quantization is not None:
+        params = quantize(params, axes, quantization)
+    specs, _ = sharding.specs(axes, params, mesh)
     placed = sharding.shard_params(params, sharding.shardings(specs, mesh))
     by_adapter = sharding.shardings(sharding.adapter_specs(adapter, axes, mesh), mesh)
 
@@ -135,6 +145,34 @@ def test_training_loss_and_gradients(name, mesh, batch):
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     for ours, exact in zip(jax.tree.leaves(grads), jax.tree.leaves(gradients), strict=True):
         assert np.abs(ours - exact).max() <= 1e-4 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantized_kernels_are_split_as_those_they_stand_for(kind, mesh):
+    """Array by array; what has an axis of 1 for many, or does not divide, is whole along it."""
+    shapes, axes = registry.describe(registry.build(CASES["mixtral_ragged"]))
+    params = quantize(random_params(shapes), axes, kind)
+    specs, fallbacks = sharding.specs(axes, params, mesh)
+    of_arrays, _ = sharding.specs(axes, shapes, mesh)
+    dense, placed = (
+        trees.flatten(tree)
+        for tree in (of_arrays, sharding.shard_params(params, sharding.shardings(specs, mesh)))
+    )
+    for path, leaf in trees.flatten(params).items():
+        for array, whole in zip(*map(jax.tree.leaves, (placed[path], leaf)), strict=True):
+            held = array.addressable_shards[0].data.shape
+            for size, full, part, rule in zip(
+                whole.shape, leaf.shape, held, dense[path], strict=True
+            ):
+                parts = mesh.shape[rule] if rule else 1
+                alone = size % parts != 0
+                assert part == (size if alone else size // parts)
+                told = any(f[0] == path and f.size == size for f in fallbacks)
+                assert not alone or size == 1 < full or told, path
+    codes = placed["layers/mlp/experts/up/kernel"].codes
+    assert codes.addressable_shards[0].data.nbytes == codes.nbytes // mesh.size
+    assert len(set(fallbacks)) == len(fallbacks)
+    assert all(fallback.size > 1 for fallback in fallbacks)
 
 
 def specs_of(name, *sizes):
