@@ -50,5 +50,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data = common.data(smoke)
     config.seed = 0
     config.output = "adapter"
+    config.similarity = True
     config.any_base = False
     return config

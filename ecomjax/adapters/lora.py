@@ -19,7 +19,7 @@ from ecomjax import trees
 from ecomjax.adapters.lowrank import approximate
 from ecomjax.adapters.rules import LoraRule, resolve
 from ecomjax.errors import UserError
-from ecomjax.typing import Adapter, AdapterLeaf, DoRA, LowRank, ParamAxes, Params
+from ecomjax.typing import Adapter, DoRA, LowRank, ParamAxes, Params
 
 POWER_ITERATIONS = 8
 """Of the randomised decomposition that PiSSA starts from."""
@@ -51,7 +51,7 @@ def init(
             quantized kernel.
     """
     base, described = trees.flatten(params), trees.flatten(axes)
-    adapter: dict[str, AdapterLeaf] = {}
+    adapter: dict[str, Any] = {}
     for path, own in resolve(rules, axes, params).items():
         folded = jax.random.fold_in(key, _stable_hash(path))
         embedding = described[path].names[0] == "vocab"

@@ -118,6 +118,7 @@ def _config(method: str, adapters: Sequence[str]) -> MergedConfig:
         adapters=tuple(adapters),
         method=method,
         options=MergeOptionsConfig(density=DENSITY),
+        similarity=False,
     )
 
 

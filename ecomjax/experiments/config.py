@@ -308,6 +308,8 @@ class MergedConfig:
     tasks: dict[str, TaskConfig] = dataclasses.field(default_factory=dict)
     """Whose validation examples weights are searched on."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    similarity: bool = True
+    """Whether it is told how alike the adapters are."""
     any_base: bool = False
     """Whether adapters may be of different bases, or of another one than the model."""
 

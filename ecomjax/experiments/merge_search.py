@@ -44,7 +44,12 @@ def search_weights(config: MergedConfig, base: Base, adapters: Sequence[Adapter]
     Raises:
         UserError: data that cannot be read; what `search` raises.
     """
-    settings, held = config.search, jax.tree.map(jnp.asarray, list(adapters))
+    settings, kind, held = (
+        config.search,
+        config.search.kind,
+        jax.tree.map(jnp.asarray, list(adapters)),
+    )
+    assert kind != "none", "a search is asked for"
     sources = _sources(config, base)
     loss = causal_lm(base.module)
 
@@ -87,9 +92,9 @@ def search_weights(config: MergedConfig, base: Base, adapters: Sequence[Adapter]
 
     with counting(settings.budget, "searching merge weights", "evaluation") as on_done:
         found = search(
-            value_and_gradient if settings.kind == "gradient" else value,
+            value_and_gradient if kind == "gradient" else value,
             len(adapters),
-            settings.kind,
+            kind,
             budget=settings.budget,
             layers=base.config.layers if settings.by_layer else None,
             penalty=settings.penalty,

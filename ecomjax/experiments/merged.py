@@ -12,11 +12,13 @@ from typing import Any
 from ecomjax import trees
 from ecomjax.adapters.merge import KernelReport, Plan, overall_error, plan
 from ecomjax.adapters.methods import Options, row_of, unread
+from ecomjax.adapters.similarity import compare
 from ecomjax.adapters.weights import Weight
 from ecomjax.data.progress import counting
 from ecomjax.errors import UserError
 from ecomjax.experiments.assembly import load_base, say
 from ecomjax.experiments.config import MergedConfig
+from ecomjax.experiments.figures import heat_map
 from ecomjax.experiments.files import read_json, write_json
 from ecomjax.experiments.merge_search import search_weights
 from ecomjax.experiments.workdir import Workdir, machine
@@ -43,6 +45,11 @@ class Given:
     sha256: str
 
     @property
+    def name(self) -> str:
+        """Of its run folder, where it lies in one."""
+        return (self.folder.parent if self.folder.name == "adapter" else self.folder).name
+
+    @property
     def ranks(self) -> list[int]:
         return sorted({leaf.a.shape[-1] for leaf in trees.flatten(self.adapter).values()})
 
@@ -51,7 +58,8 @@ def run(config: MergedConfig, workdir: str) -> None:
     """Merges adapters; what is merged stays merged, what was interrupted begins anew.
 
     The run folder then holds `adapter/`, or `model/` with the adapters fused into their base,
-    and `merge.json`, which says how it was made.
+    and `merge.json`, which says how it was made, and of several adapters `similarity.json` and
+    `figures/similarity.svg`, which say how alike they are.
 
     Raises:
         UserError: adapters or settings that do not go together; a base that is not theirs;
@@ -133,11 +141,26 @@ def _merge(
             "versions": machine()["versions"],
         },
     )
+    if config.similarity and len(given) > 1:
+        _tell_similarity(given, folder)
     ranks = sorted({report.rank for report in merged.report.values()})
     say(
         f"{config.method}: {len(given)} adapters, {matrices} matrices merged in {seconds:.1f} s to "
         f"rank {', '.join(map(str, ranks))}, relative error {error:.2e}: {target}"
     )
+
+
+def _tell_similarity(given: Sequence[Given], folder: Workdir) -> None:
+    """How alike the adapters are, kernel by kernel and together, and a figure of the latter."""
+    names = [one.name for one in given]
+    overall, kernels = compare([one.adapter for one in given])
+    tables = {path: table._asdict() for path, table in kernels.items()}
+    write_json(
+        folder.similarity, {"adapters": names, "overall": overall._asdict(), "kernels": tables}
+    )
+    figure = folder.figures / "similarity.svg"
+    heat_map(figure, overall.cosine, names, "Cosine of deltas", bounds=(-1.0, 1.0))
+    say(f"how alike they are: {folder.similarity}, {figure}")
 
 
 class _OnDemand(Mapping[str, LowRank]):

@@ -59,6 +59,8 @@ class Workdir:
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
         self.merge = self.path / "merge.json"
+        self.similarity = self.path / "similarity.json"
+        self.figures = self.path / "figures"
         self.results = self.path / "results.jsonl"
         self.report = self.path / "report.md"
         self.lock = self.path / ".lock"

@@ -33,7 +33,16 @@ from ecomjax.hf.peft_config import (
     read_config,
     scale_of,
 )
-from ecomjax.hf.peft_pieces import Piece, cut, join, rank_in, split, stack
+from ecomjax.hf.peft_pieces import (
+    Piece,
+    check_tensor,
+    cut,
+    join,
+    shapes_of,
+    split,
+    stack,
+    tensors_of,
+)
 from ecomjax.hf.peft_record import FUSED, MODULES, Record, read_record, write_record
 from ecomjax.hf.peft_targets import (
     HEAD,
@@ -45,10 +54,9 @@ from ecomjax.hf.peft_targets import (
     targets_of,
     tensor_names,
     tensor_shapes,
-    to_tensors,
 )
 from ecomjax.hf.presets import PRESETS
-from ecomjax.hf.rules import FLOATS, RuleTable
+from ecomjax.hf.rules import RuleTable
 from ecomjax.hf.safetensors_io import SafetensorsFile, write_file
 from ecomjax.models.config import ModelConfig
 from ecomjax.typing import Adapter, DoRA, LowRank
@@ -111,16 +119,18 @@ def write_leaves(
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
     for target in adapted:
         for index, name in target.names():
-            shapes |= _shapes(target, stem(target, name, adapted), index, expected, where)
+            shapes |= shapes_of(target, stem(target, name, adapted), index, expected, where)
     part_ranks: dict[str, list[int]] = {}
     ranks, alphas = Pattern(), Pattern()
 
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+    def tensors_of_targets() -> Iterator[tuple[str, np.ndarray]]:
         held: dict[str, LowRank | DoRA] = {}
         for target in adapted:
             # An embedding and its tied head are one leaf, asked for once.
             paths = [part.path for part in target.parts if part.path in expected]
-            held = {path: held.get(path) or _on_host(leaves[path]) for path in paths}
+            held = {
+                path: held.get(path) or jax.tree.map(np.asarray, leaves[path]) for path in paths
+            }
             pieces: dict[str, tuple[int, float]] = {}
             for index, name in target.names():
                 parts = cut(target, index, held, where)
@@ -128,7 +138,7 @@ def write_leaves(
                     part_ranks.setdefault(part.path, []).append(own.rank if own else 0)
                 piece = join(target, parts)
                 pieces[name] = piece.rank, alpha_of(piece.scale, piece.rank)
-                yield from _tensors(target, stem(target, name, adapted), piece, where).items()
+                yield from tensors_of(target, stem(target, name, adapted), piece, where).items()
             found_by = keys(target, table, targets)
             ranks.add(found_by, {name: rank for name, (rank, _) in pieces.items()})
             alphas.add(found_by, {name: alpha for name, (_, alpha) in pieces.items()})
@@ -138,7 +148,7 @@ def write_leaves(
     modules = [t for t in adapted if t.kind != "parameter"]
     parameters = [t for t in adapted if t.kind == "parameter"]
     with replace_folder(folder) as new:
-        write_file(new / WEIGHTS, shapes, tensors())
+        write_file(new / WEIGHTS, shapes, tensors_of_targets())
         fields = {
             "peft_type": "LORA",
             "task_type": task_types[0] if task_types else "FEATURE_EXTRACTION",
@@ -170,31 +180,6 @@ def write_leaves(
         write_record(new, record)
 
 
-def _on_host(leaf: LowRank | DoRA) -> Any:
-    return jax.tree.map(np.asarray, leaf)
-
-
-def _shapes(
-    target: Target,
-    start: str,
-    index: tuple[int, ...],
-    expected: Mapping[str, LowRank | DoRA],
-    where: str,
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """{name: shape and dtype} of the tensors of a target in one place of its stack."""
-    own = [expected[part.path] for part in target.parts if part.path in expected]
-    parts = zip(target.parts, (expected.get(part.path) for part in target.parts), strict=True)
-    rank = sum(rank_in(leaf, index, part.path, where) for part, leaf in parts if leaf is not None)
-    arrays = (own[0].a, own[0].b, getattr(own[0], "magnitude", None))
-    return {
-        name: jax.ShapeDtypeStruct(shape, array.dtype)
-        for name, shape, array in zip(
-            tensor_names(target, start), tensor_shapes(target, rank), arrays, strict=True
-        )
-        if array is not None
-    }
-
-
 def _common(leaves: Mapping[str, LowRank | DoRA], where: str) -> tuple[float, bool]:
     """What all leaves have in common: the dropout, and whether they are DoRA."""
     dropouts = {leaf.dropout for leaf in leaves.values()}
@@ -215,6 +200,7 @@ def _common(leaves: Mapping[str, LowRank | DoRA], where: str) -> tuple[float, bo
 
 
 def _check_dora(adapted: Sequence[Target], dora: bool, where: str) -> None:
+    """UserError for DoRA of what is no linear layer."""
     others = [t.template for t in adapted if t.kind != "linear"]
     if dora and others:
         raise UserError(
@@ -222,17 +208,6 @@ def _check_dora(adapted: Sequence[Target], dora: bool, where: str) -> None:
             where,
             "leave it out, or use plain LoRA",
         )
-
-
-def _tensors(target: Target, start: str, piece: Piece, where: str) -> dict[str, np.ndarray]:
-    """{name: tensor} of a piece."""
-    arrays = (*to_tensors(target, piece.a, piece.b), piece.magnitude)
-    shapes, found = tensor_shapes(target, piece.rank), {}
-    for name, shape, array in zip(tensor_names(target, start), shapes, arrays, strict=True):
-        if array is not None:
-            _check_tensor(array, name, shape, where)
-            found[name] = np.ascontiguousarray(array)
-    return found
 
 
 def read_adapter(
@@ -395,7 +370,7 @@ def _read_pieces(
                 )
             held.remove(wanted)
             arrays.append(tensors[wanted])
-            _check_tensor(arrays[side], wanted, shapes[side], str(weights))
+            check_tensor(arrays[side], wanted, shapes[side], str(weights))
             if dtypes.setdefault(side, arrays[side].dtype) != arrays[side].dtype:
                 raise UserError(
                     f"tensor {wanted!r} is {arrays[side].dtype}, that of other layers "
@@ -421,19 +396,6 @@ def _reference(base: Identity) -> str:
     if known:
         return PRESETS[base.name].hub_id
     return base.path if base.source == "local" else base.name
-
-
-def _check_tensor(tensor: np.ndarray, name: str, shape: tuple[int, ...], where: str) -> None:
-    if tensor.shape != shape:
-        raise UserError(
-            f"tensor {name!r} has shape {list(tensor.shape)}, config and base say {list(shape)}",
-            where,
-            "correct the ranks in the config, or use the adapter's own base",
-        )
-    if tensor.dtype not in FLOATS:
-        raise UserError(f"tensor {name!r} has dtype {tensor.dtype}", where, "save it as float32")
-    if not np.isfinite(tensor).all():
-        raise UserError(f"tensor {name!r} holds NaN or infinity", where, "train it again")
 
 
 def _weights(folder: Path) -> Path:

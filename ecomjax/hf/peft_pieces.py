@@ -6,10 +6,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from ecomjax.errors import UserError
-from ecomjax.hf.peft_targets import Target
+from ecomjax.hf.peft_targets import Target, tensor_names, tensor_shapes, to_tensors
+from ecomjax.hf.rules import FLOATS
 from ecomjax.typing import DoRA, LowRank
 
 
@@ -156,3 +158,49 @@ def stack(
     for index, piece in pieces.items():
         magnitude[index] = piece.magnitude
     return DoRA(a, b, scale, magnitude, **given)
+
+
+def shapes_of(
+    target: Target,
+    start: str,
+    index: tuple[int, ...],
+    expected: Mapping[str, LowRank | DoRA],
+    where: str,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """{name: shape and dtype} of the tensors of a target in one place of its stack."""
+    own = {part.path: expected[part.path] for part in target.parts if part.path in expected}
+    rank = sum(rank_in(leaf, index, path, where) for path, leaf in own.items())
+    first = next(iter(own.values()))
+    arrays = (first.a, first.b, getattr(first, "magnitude", None))
+    return {
+        name: jax.ShapeDtypeStruct(shape, array.dtype)
+        for name, shape, array in zip(
+            tensor_names(target, start), tensor_shapes(target, rank), arrays, strict=True
+        )
+        if array is not None
+    }
+
+
+def tensors_of(target: Target, start: str, piece: Piece, where: str) -> dict[str, np.ndarray]:
+    """{name: tensor} of a piece."""
+    arrays = (*to_tensors(target, piece.a, piece.b), piece.magnitude)
+    shapes, found = tensor_shapes(target, piece.rank), {}
+    for name, shape, array in zip(tensor_names(target, start), shapes, arrays, strict=True):
+        if array is not None:
+            check_tensor(array, name, shape, where)
+            found[name] = np.ascontiguousarray(array)
+    return found
+
+
+def check_tensor(tensor: np.ndarray, name: str, shape: tuple[int, ...], where: str) -> None:
+    """UserError unless the tensor has the shape and holds finite floats."""
+    if tensor.shape != shape:
+        raise UserError(
+            f"tensor {name!r} has shape {list(tensor.shape)}, config and base say {list(shape)}",
+            where,
+            "correct the ranks in the config, or use the adapter's own base",
+        )
+    if tensor.dtype not in FLOATS:
+        raise UserError(f"tensor {name!r} has dtype {tensor.dtype}", where, "save it as float32")
+    if not np.isfinite(tensor).all():
+        raise UserError(f"tensor {name!r} holds NaN or infinity", where, "train it again")

@@ -127,6 +127,18 @@ def test_the_record(base, make_config, pair, tmp_path):
     assert len(read_json(tmp_path / "run" / "run.json")["starts"]) == 1
 
 
+def test_how_alike_the_adapters_are_is_told(make_config, pair, tmp_path):
+    merged.run(make_config([*pair, pair[0]]), str(tmp_path / "run"))
+    found = read_json(tmp_path / "run" / "similarity.json")
+    assert found["adapters"] == ["adapter-1", "adapter-2", "adapter-1"]
+    cosine = np.asarray(found["overall"]["cosine"])
+    np.testing.assert_allclose([cosine[0, 2], *np.diagonal(cosine)], 1.0, atol=1e-5)
+    assert abs(cosine[0, 1]) < 0.9 and set(found["kernels"]) == {Q, DOWN}
+    assert (tmp_path / "run" / "figures" / "similarity.svg").read_text().startswith("<?xml")
+    merged.run(make_config(pair, similarity=False), str(tmp_path / "silent"))
+    assert not (tmp_path / "silent" / "similarity.json").exists()
+
+
 def test_a_merge_that_is_done_is_not_repeated(make_config, pair, tmp_path, monkeypatch):
     config = make_config(pair)
     merged.run(config, str(tmp_path / "run"))

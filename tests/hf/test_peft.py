@@ -252,6 +252,14 @@ def test_ranks_by_layer(config, identity, make_adapter, tmp_path):
         write_adapter(tmp_path / "adapter", adapter, config, identity)
 
 
+def test_patterns_match_ends_of_names(folder, config):
+    plain = read_adapter(folder, config)
+    fields = json.loads((folder / CONFIG).read_text())
+    fields["rank_pattern"] = {"self_attn": 5, "layers.1": 5, "proj": 5}
+    (folder / CONFIG).write_text(json.dumps(fields))
+    assert_equal(read_adapter(folder, config), plain)
+
+
 def with_magnitude(leaf):
     magnitude = np.ones((*leaf.scale.shape, leaf.b.shape[-1]), np.float32)
     return DoRA(leaf.a, leaf.b, leaf.scale, magnitude, leaf.dropout)
