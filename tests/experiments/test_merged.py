@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -23,9 +24,10 @@ from ecomjax.experiments import merged
 from ecomjax.experiments.config import from_config
 from ecomjax.experiments.files import read_json
 from ecomjax.hf import families
-from ecomjax.hf.checkpoints import load_pretrained, open_pretrained, save_pretrained
+from ecomjax.hf.checkpoints import Identity, load_pretrained, open_pretrained, save_pretrained
 from ecomjax.hf.peft import CONFIG, WEIGHTS, read_adapter, write_adapter
 from ecomjax.hf.peft_record import BASE
+from ecomjax.models.llama import LlamaConfig
 from ecomjax.typing import DoRA, LowRank
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -483,6 +485,39 @@ def test_an_interrupt_leaves_nothing_half_written(make_config, pair, tmp_path, m
     assert (tmp_path / "run" / output).is_dir()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "rank"), [("concatenation", 400), ("ties", 8)])
+def test_no_more_is_held_than_the_adapters_and_a_few_matrices(
+    make_config, tmp_path, monkeypatch, method, rank
+):
+    """The whole command; two adapters, of which concatenation makes one as large as both."""
+    config = LlamaConfig(50, 1024, 4, 4, 4, 256, 1536)
+    monkeypatch.setattr(merged, "load_config", lambda *_: config)
+    rng, folders = np.random.default_rng(0), [tmp_path / "one", tmp_path / "two"]
+    table = families.rule_table(config)
+    for folder in folders:
+        leaves = {}
+        for rule in table.rules:
+            if rule.transposed and rule.ours.startswith("layers/"):
+                stack, (d_out, d_in) = rule.stack(table.sizes), rule.shape(table.sizes)
+                a = rng.standard_normal((*stack, d_in, rank), np.float32)
+                b = rng.standard_normal((*stack, rank, d_out), np.float32)
+                leaves[rule.ours] = LowRank(a, b, np.ones(stack, np.float32))
+        base = Identity("none", "none", "", "0" * 64, "0" * 64)
+        write_adapter(folder, trees.unflatten(leaves), config, base)
+    held = 2 * trees.bytes_of(leaves)
+    kernel = 4 * 2 * rank * (1024 + 1536) * 4 if method == "concatenation" else 0
+    del leaves, a, b
+    tracemalloc.start()
+    try:
+        merged.run(make_config(folders, method=method), str(tmp_path / "run"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # At the rank of concatenation one merged kernel is larger than matrices, but not all are held.
+    assert held < peak < held + (2 + 2) * 1024 * 1536 * 4 + 2 * kernel
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -490,7 +525,7 @@ from configs import merged as configs
 from ecomjax.adapters import merge
 from ecomjax.experiments import merged
 from ecomjax.experiments.config import from_config
-from ecomjax.hf import files, safetensors_io
+from ecomjax.hf import checkpoints, files, peft
 
 base, output, workdir, moment, *adapters = sys.argv[1:]
 
@@ -509,7 +544,8 @@ if moment == "first kernel":
 elif moment == "second kernel":
     killing(merge.Plan, "kernel", 2)
 elif moment == "weights complete":
-    killing(safetensors_io.os, "fsync", 1, after=True)
+    killing(peft, "replace_file", 1)
+    killing(checkpoints, "replace_file", 1)
 elif moment == "before the folder moves":
     killing(files.os, "rename", 1)
 elif moment in ("after the folder moved", "between two folders"):
