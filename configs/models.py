@@ -56,4 +56,5 @@ DEFAULT = "smollm2_135m"
 
 
 def get(name: str) -> ConfigDict:
-    return ConfigDict({"name": name, "path": "", "dispatch": "ragged"} | PRESETS[name])
+    shared = {"name": name, "path": "", "dispatch": "ragged", "quantization": "none"}
+    return ConfigDict(shared | PRESETS[name])

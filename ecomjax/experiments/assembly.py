@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ecomjax.adapters.quantize import quantize, ratios
 from ecomjax.data.cache import Cache
 from ecomjax.data.encoded import EncodedSet, read_set, write_set
 from ecomjax.data.progress import counting
@@ -51,7 +52,10 @@ class Base:
 
 @functools.lru_cache(maxsize=1)
 def load_base(config: ModelConfig) -> Base:
-    """Loads the weights and says which ones they are; the last model stays loaded."""
+    """Loads the weights and says which ones they are; the last model stays loaded.
+
+    Quantized or not, its identity is that of the weights as they were loaded.
+    """
     loaded = load_pretrained(config.name, config.path, config.param_dtype)
     known = {field.name for field in dataclasses.fields(loaded.config)}
     ours = {key: value for key, value in dataclasses.asdict(config).items() if key in known}
@@ -64,11 +68,20 @@ def load_base(config: ModelConfig) -> Base:
             "use a decoder, such as those of configs/models.py from smollm2_135m to gpt2_xl",
         )
     _, axes = registry.describe(module)
-    params = jax.tree.map(jnp.asarray, loaded.params)
+    params = loaded.params
+    if config.quantization != "none":
+        params = quantize(params, axes, config.quantization)
+    params = jax.tree.map(jnp.asarray, params)
     identity = loaded.identity
     # A local folder is what it is, whatever name the config gives it.
     name = "" if identity.source == "local" else f"{identity.name} "
     say(f"base {name}from {identity.source}: {identity.path} ({identity.sha256[:12]})")
+    if config.quantization != "none":
+        of_kernels, of_model = ratios(params)
+        say(
+            f"{config.quantization}: linear layers take {of_kernels:.3f} of their bytes in "
+            f"bfloat16, the whole model {of_model:.3f}"
+        )
     return Base(shape, module, params, axes, loaded.tokenizer, identity)
 
 

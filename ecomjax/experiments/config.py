@@ -40,6 +40,8 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"] = "none"
     dispatch: Literal["ragged", "dense"] = "ragged"
     """How tokens reach their experts, where a model has some."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """Of the linear layers, which are frozen; see `adapters.quantize`."""
 
 
 @dataclasses.dataclass(frozen=True)

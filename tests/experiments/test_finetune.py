@@ -133,11 +133,8 @@ class Killed(BaseException):
     """No handler of ours may catch it."""
 
 
-@pytest.mark.parametrize("calls", [2, 6, 10])
-def test_an_interrupted_run_ends_like_one_that_was_not(
-    config, train, trained, contents, tmp_path, monkeypatch, calls
-):
-    """Dies before the first checkpoint, after an evaluation, and in the second epoch."""
+def dying_after(calls):
+    """`make_train_step`, of a step that raises `Killed` after some calls."""
     make_train_step = finetune.make_train_step
 
     def make(*arguments):
@@ -152,8 +149,16 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
 
         return dying
 
+    return make
+
+
+@pytest.mark.parametrize("calls", [2, 6, 10])
+def test_an_interrupted_run_ends_like_one_that_was_not(
+    config, train, trained, contents, tmp_path, monkeypatch, calls
+):
+    """Dies before the first checkpoint, after an evaluation, and in the second epoch."""
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "make_train_step", make)
+        patch.setattr(finetune, "make_train_step", dying_after(calls))
         with pytest.raises(Killed):
             train(config, tmp_path)
     assert not (tmp_path / "adapter").exists()
@@ -323,3 +328,36 @@ def test_a_bad_mixture_is_told_before_a_model_is_loaded(make_config, tmp_path):
     changes = {"mixture.policy": "temperature", "mixture.temperature": 0.0, "model.path": "nowhere"}
     with pytest.raises(UserError, match=r"config\.mixture\.temperature"):
         finetune.run(make_config("finetune", "esci+queryner", changes), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantized_base_is_trained_resumed_and_evaluated(
+    make_config, train, trained, as_in_production, contents, tmp_path, monkeypatch, capsys, kind
+):
+    """Of the same identity as the weights it was made of; its adapter reads back from PEFT."""
+    shared = {"training.epochs": 1, "model.quantization": kind}
+    config = make_config("finetune", changes=shared)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "make_train_step", dying_after(3))
+        with pytest.raises(Killed):
+            train(config, tmp_path / "killed")
+    assert f"{kind}: linear layers take 0." in capsys.readouterr().err
+    for name in ("killed", "whole"):
+        train(config, tmp_path / name)
+    found, expected = contents(tmp_path / "killed"), contents(tmp_path / "whole")
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "config.json"):
+        assert found[name] == expected[name], name
+    steps, dense = (
+        [line for line in read_jsonl(folder / "metrics.jsonl") if "train/loss" in line]
+        for folder in (tmp_path / "whole", trained)
+    )
+    assert steps[0]["train/loss"] != dense[0]["train/loss"]
+    assert steps[0]["train/loss"] == pytest.approx(dense[0]["train/loss"], rel=0.1)
+    bases = [read_json(x / "run.json")["starts"][0]["base"] for x in (tmp_path / "whole", trained)]
+    assert bases[0] == bases[1]
+    with as_in_production():
+        evaluate.run(config, str(tmp_path / "whole"))
+    assert read_json(tmp_path / "whole" / "eval" / "esci" / "test.metrics.json")["n"] == 12
+    other = make_config("finetune", changes=shared | {"model.quantization": "none"})
+    with pytest.raises(UserError, match=rf'config\.model\.quantization "{kind}" -> "none"'):
+        evaluate.run(other, str(tmp_path / "whole"))
