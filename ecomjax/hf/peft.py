@@ -37,6 +37,7 @@ from ecomjax.hf.peft_pieces import (
     Piece,
     check_tensor,
     cut,
+    in_common,
     join,
     shapes_of,
     split,
@@ -112,7 +113,7 @@ def write_leaves(
         base: see `write_adapter`.
     """
     where, table = str(folder), families.rule_table(config)
-    dropout, dora = _common(expected, where)
+    dropout, dora = in_common(expected, where)
     targets = targets_of(table, parameters=True)
     adapted = [t for t in targets if any(part.path in expected for part in t.parts)]
     _check_dora(adapted, dora, where)
@@ -178,25 +179,6 @@ def write_leaves(
             joined = [part.path for t in parameters if len(t.parts) > 1 for part in t.parts]
             record = Record(base, FUSED, dropout, {path: part_ranks[path] for path in joined})
         write_record(new, record)
-
-
-def _common(leaves: Mapping[str, LowRank | DoRA], where: str) -> tuple[float, bool]:
-    """What all leaves have in common: the dropout, and whether they are DoRA."""
-    dropouts = {leaf.dropout for leaf in leaves.values()}
-    if len(dropouts) != 1:
-        raise UserError(
-            f"adapter has the dropout rates {sorted(dropouts)}",
-            where,
-            "use one rate for all kernels, as PEFT does",
-        )
-    by_kind = {isinstance(leaf, DoRA): path for path, leaf in leaves.items()}
-    if len(by_kind) != 1:
-        raise UserError(
-            f"'{by_kind[True]}' has DoRA and '{by_kind[False]}' plain LoRA",
-            where,
-            "use one of them for all kernels, as PEFT does",
-        )
-    return dropouts.pop(), True in by_kind
 
 
 def _check_dora(adapted: Sequence[Target], dora: bool, where: str) -> None:

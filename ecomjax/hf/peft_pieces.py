@@ -160,6 +160,25 @@ def stack(
     return DoRA(a, b, scale, magnitude, **given)
 
 
+def in_common(leaves: Mapping[str, LowRank | DoRA], where: str) -> tuple[float, bool]:
+    """What all leaves have in common: the dropout, and whether they are DoRA."""
+    dropouts = {leaf.dropout for leaf in leaves.values()}
+    if len(dropouts) != 1:
+        raise UserError(
+            f"adapter has the dropout rates {sorted(dropouts)}",
+            where,
+            "use one rate for all kernels, as PEFT does",
+        )
+    by_kind = {isinstance(leaf, DoRA): path for path, leaf in leaves.items()}
+    if len(by_kind) != 1:
+        raise UserError(
+            f"'{by_kind[True]}' has DoRA and '{by_kind[False]}' plain LoRA",
+            where,
+            "use one of them for all kernels, as PEFT does",
+        )
+    return dropouts.pop(), True in by_kind
+
+
 def shapes_of(
     target: Target,
     start: str,
