@@ -183,14 +183,22 @@ def plan(
 
     Raises:
         UserError: what `lowrank.shapes_of` and `weights.resolve` refuse; an unknown method; a
-            rank for "concatenation"; "slerp" of other than two adapters; weights that cannot
-            be divided by.
+            rank for "concatenation"; "slerp" of other than two adapters that both have every
+            kernel; weights that cannot be divided by.
     """
     row, shapes = row_of(method, options), shapes_of(adapters)
     resolved = resolve(weights, len(adapters), shapes)
     for path, own in resolved.items():
         _check_weights(own, row, path)
     leaves = [trees.flatten(adapter) for adapter in adapters]
+    for path in shapes if row.consensus == "slerp" else ():
+        absent = [number for number, own in enumerate(leaves) if path not in own]
+        if absent:
+            raise UserError(
+                f"adapter {absent[0]} lacks kernel '{path}'",
+                "method 'slerp'",
+                "use adapters that both change every kernel, or another method",
+            )
     return Plan(row, options, seed, shapes, resolved, leaves)
 
 

@@ -273,7 +273,7 @@ def fit_window(sequences: EncodedSet, window: int, policy: TooLong, where: str) 
         raise UserError(
             f"{long.sum()} of {len(sequences)} examples longer than the window of {window} tokens",
             f"{where}, first id {sequences.ids[int(long.argmax())]}",
-            "raise training.row_length or set training.too_long to drop or truncate",
+            "raise row_length in the config or set too_long to drop or truncate",
         )
     fits, head = ~long, 0
     if policy == "truncate" and long.any():
@@ -284,7 +284,7 @@ def fit_window(sequences: EncodedSet, window: int, policy: TooLong, where: str) 
         raise UserError(
             f"no example fits the window of {window} tokens",
             where,
-            "raise training.row_length or give non-empty data",
+            "raise row_length in the config or give non-empty data",
         )
     kept = sequences if fits.all() else sequences[np.flatnonzero(fits)]
     return Kept(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ecomjax import trees
 from ecomjax.decoding import prefix as prefixes
 from ecomjax.errors import UserError
 from ecomjax.models.encoder_decoder import Memory
@@ -86,10 +87,11 @@ def batches(
 
     Raises:
         UserError: an empty prompt, one that leaves no room for an answer, or a start for a
-            model that has none.
+            model that has none; what `count_adapters` refuses.
     """
     if not prompts:
         return
+    count = count_adapters(variables, len(prompts), adapters)
     if bool(limits.start) != hasattr(model, "remember"):
         raise UserError(
             f"answers start with the tokens {list(limits.start)}",
@@ -117,13 +119,36 @@ def batches(
             yield indices, Rows(memory, start, lengths, jnp.zeros((), jnp.int32), own)
         return
     offset = prefixes.common_prefix(prompts)
-    count = None if adapters is None else max(adapters) + 1
     before = prefixes.fill_prefix(model, variables, prompts[0][:offset], count)
     for indices in by_length(prompts, limits.batch_size):
         own = adapters_of(indices, adapters)
         tokens, lengths = _padded([prompts[i][offset:] for i in indices])
         seen = prefixes.of_rows(before, own)
         yield indices, Rows(seen, tokens, lengths, jnp.int32(offset), own)
+
+
+def count_adapters(variables: Any, prompts: int, adapters: Sequence[int] | None) -> int | None:
+    """How many adapters there are to choose from, where it is said which each prompt uses.
+
+    Raises:
+        UserError: not one for each prompt, or one that is not held. Computing would go on with
+            another.
+    """
+    if adapters is None:
+        return None
+    if len(adapters) != prompts:
+        raise UserError(
+            f"{len(adapters)} adapters for {prompts} prompts", "decoding", "name one for each"
+        )
+    scales = [leaf.scale for leaf in trees.flatten(variables.get("lora", {})).values()]
+    # The adapters lie along the last axis of the stack, see `adapters.routing`.
+    held = min((scale.shape[-1] if scale.ndim else 0 for scale in scales), default=0)
+    for number in adapters:
+        if not 0 <= number < held:
+            raise UserError(
+                f"adapter {number} of {held} that are held", "decoding", "name one that is"
+            )
+    return held
 
 
 def adapters_of(indices: Sequence[int], adapters: Sequence[int] | None) -> Int[Array, "B"] | None:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from ecomjax.data.encoded import Encoded
 from ecomjax.data.packing import write_rows
 from ecomjax.decoding import prefix as prefixes
-from ecomjax.decoding.batches import adapters_of, by_length
+from ecomjax.decoding.batches import adapters_of, by_length, count_adapters
 from ecomjax.errors import UserError
 from ecomjax.models.likelihood import token_log_likelihood
 from ecomjax.typing import Batch, KVCache
@@ -60,7 +60,8 @@ def label_log_likelihoods(
         adapters: which of several each prompt uses, see `generate`.
 
     Raises:
-        UserError: an empty prompt or label, or a prompt too long for the window.
+        UserError: an empty prompt or label, or a prompt too long for the window; what
+            `count_adapters` refuses.
     """
     if not prompts:
         return np.zeros((0, len(labels)), np.float32)
@@ -76,7 +77,7 @@ def label_log_likelihoods(
                 "use fewer demonstrations or shorter inputs",
             )
     offset = prefixes.common_prefix(prompts)
-    count = None if adapters is None else max(adapters) + 1
+    count = count_adapters(variables, len(prompts), adapters)
     start = prefixes.fill_prefix(model, variables, prompts[0][:offset], count)
     scores = np.zeros((len(prompts), len(labels)), np.float32)
     for indices in by_length(prompts, batch_size):

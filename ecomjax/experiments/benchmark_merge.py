@@ -196,7 +196,7 @@ def check(config: MergedConfig) -> dict[str, dict[str, float]]:
     adapters = [
         trees.map_leaves(_first_layer, read_adapter(folder, shape)) for folder in config.adapters
     ]
-    options = merged._options(config)
+    options = merged.options_of(config)
     planned = plan(adapters, [1.0] * len(adapters), config.method, options, config.seed)
     found = {}
     for path in planned.shapes:

@@ -343,7 +343,7 @@ def from_config(config: Mapping[str, Any] | ConfigDict) -> Config:
     if isinstance(result, StudyConfig):
         _check_study(result)
     if isinstance(result, FinetuneConfig):
-        _check_tasks(result)
+        _check_finetune(result)
     if result.data.source == "local" and not result.data.path:
         raise UserError("empty folder", "config.data.path", "name the folder of the local data")
     return result
@@ -359,8 +359,9 @@ def to_json(config: Any) -> str:
     return json.dumps(to_dict(config), indent=2, ensure_ascii=False) + "\n"
 
 
-def _check_tasks(finetune: FinetuneConfig) -> None:
-    """There are tasks, with names that can be folders, and a weight for each if any is weighed."""
+def _check_finetune(finetune: FinetuneConfig) -> None:
+    """There are tasks, with names that can be folders and a weight for each if any is weighed;
+    the adapter suits the base."""
     for label in finetune.tasks:
         if not re.fullmatch(r"\w[\w.-]*", label):
             raise UserError(
@@ -368,6 +369,12 @@ def _check_tasks(finetune: FinetuneConfig) -> None:
             )
     if not finetune.tasks:
         raise UserError("no tasks", "config.tasks", "name one or more")
+    if finetune.adapter.pissa and finetune.model.quantization != "none":
+        raise UserError(
+            "PiSSA takes a part out of the base, which a quantized one cannot give",
+            "config.adapter.pissa",
+            "set config.model.quantization=none, or leave PiSSA out",
+        )
     mixture, weighed = finetune.mixture, finetune.mixture.weights
     unused = {
         "temperature": mixture.temperature != 1.0 and mixture.policy != "temperature",

@@ -14,6 +14,7 @@ from ecomjax.adapters.search import SearchResult, search, weighted
 from ecomjax.data.encoded import EncodedSet, fit_window
 from ecomjax.data.pipeline import StepSource, one_pass
 from ecomjax.data.progress import counting
+from ecomjax.errors import UserError
 from ecomjax.experiments.assembly import (
     Base,
     choose,
@@ -42,7 +43,8 @@ def search_weights(config: MergedConfig, base: Base, adapters: Sequence[Adapter]
         adapters: trees of `LowRank`.
 
     Raises:
-        UserError: data that cannot be read; what `search` raises.
+        UserError: data that cannot be read; a budget too small to find anything, or nothing
+            found; what `search` raises.
     """
     settings, kind, held = (
         config.search,
@@ -50,6 +52,14 @@ def search_weights(config: MergedConfig, base: Base, adapters: Sequence[Adapter]
         jax.tree.map(jnp.asarray, list(adapters)),
     )
     assert kind != "none", "a search is asked for"
+    count = len(adapters) * (base.config.layers if settings.by_layer else 1)
+    # The optimizer asks for the loss about twice per weight before it takes a step.
+    if kind == "gradient_free" and settings.budget < 2 * count + 2:
+        raise UserError(
+            f"budget {settings.budget} for {count} weights",
+            "config.search.budget",
+            f"allow {2 * count + 2} or more, or set config.search.kind=gradient",
+        )
     sources = _sources(config, base)
     loss = causal_lm(base.module)
 
@@ -100,6 +110,12 @@ def search_weights(config: MergedConfig, base: Base, adapters: Sequence[Adapter]
             penalty=settings.penalty,
             bound=settings.bound,
             on_evaluation=lambda done, lowest: on_done(1),
+        )
+    if not found.weights.any():
+        raise UserError(
+            "no weights suit the validation examples better than none",
+            "config.search",
+            "lower config.search.penalty, or merge adapters of these tasks",
         )
     say(
         f"merge weights {np.round(found.weights, 3).tolist()}: loss {found.loss:.4f}, that of the "

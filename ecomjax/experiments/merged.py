@@ -17,7 +17,7 @@ from ecomjax.adapters.weights import Weight
 from ecomjax.data.progress import counting
 from ecomjax.errors import UserError
 from ecomjax.experiments.assembly import load_base, say
-from ecomjax.experiments.config import MergedConfig
+from ecomjax.experiments.config import DataConfig, MergedConfig, SearchConfig
 from ecomjax.experiments.figures import heat_map
 from ecomjax.experiments.files import read_json, write_json
 from ecomjax.experiments.merge_search import search_weights
@@ -36,7 +36,7 @@ class Given:
         folder: where it lies.
         base: which base it says that it belongs to, if it does.
         adapter: its kernels.
-        sha256: of the file of its weights.
+        sha256: of the files of its config and weights.
     """
 
     folder: Path
@@ -67,16 +67,17 @@ def run(config: MergedConfig, workdir: str) -> None:
     """
     if not config.adapters:
         raise UserError("no adapters", "config.adapters", "name one or more")
-    options = _options(config)
+    options = options_of(config)
     folders = [_find(path) for path in config.adapters]
     weights = _weights(config, options)
     _check_search(config, options)
-    with Workdir(workdir).writing(config) as folder:
-        target = folder.adapter if config.output == "adapter" else folder.model
-        if target.exists() and not folder.run.exists():
-            raise UserError(
-                "the folder holds what no merge has made", str(target), "use another --workdir"
-            )
+    folder = Workdir(workdir)
+    target = folder.adapter if config.output == "adapter" else folder.model
+    if target.exists() and not folder.run.exists():
+        raise UserError(
+            "the folder holds what no merge has made", str(target), "use another --workdir"
+        )
+    with folder.writing(config):
         if folder.merge.exists() and target.exists():
             _check_unchanged(folder.merge, folders)
             say(f"merged before: {target}")
@@ -121,6 +122,9 @@ def _merge(
         else:
             save_fused(target, opened, merged)
     seconds, error = time.monotonic() - start, overall_error(merged.report)
+    if config.similarity and len(given) > 1:
+        _tell_similarity(given, folder)
+    # Last, since it marks the merge as done.
     row = dataclasses.asdict(planned.row)
     write_json(
         folder.merge,
@@ -141,8 +145,6 @@ def _merge(
             "versions": machine()["versions"],
         },
     )
-    if config.similarity and len(given) > 1:
-        _tell_similarity(given, folder)
     ranks = sorted({report.rank for report in merged.report.values()})
     say(
         f"{config.method}: {len(given)} adapters, {matrices} matrices merged in {seconds:.1f} s to "
@@ -184,7 +186,7 @@ class _OnDemand(Mapping[str, LowRank]):
         return len(self._planned.shapes)
 
 
-def _options(config: MergedConfig) -> Options:
+def options_of(config: MergedConfig) -> Options:
     """The options of a method; UserError for those that it would not read."""
     given: dict[str, Any] = dataclasses.asdict(config.options)
     given["rank"] = given["rank"] or None
@@ -217,7 +219,23 @@ def _weights(config: MergedConfig, options: Options) -> list[Weight]:
 
 def _check_search(config: MergedConfig, options: Options) -> None:
     """UserError for a search of weights without tasks, or of a method that is no sum by them."""
+    if config.model.quantization != "none" and (
+        config.search.kind == "none" or config.output == "model"
+    ):
+        raise UserError(
+            "a merge is of weights that are not quantized",
+            "config.model.quantization",
+            "leave it at none; only a search that writes an adapter asks a quantized base",
+        )
     if config.search.kind == "none":
+        unread = {"search": SearchConfig(), "tasks": {}, "data": DataConfig()}
+        for name, default in unread.items():
+            if getattr(config, name) != default:
+                raise UserError(
+                    "only a search of weights reads it",
+                    f"config.{name}",
+                    "set config.search.kind too, or leave it as it was",
+                )
         return
     row = row_of(config.method, options)
     if (row.sparsify, row.consensus, row.normalise) != (None, "sum", "none"):
@@ -255,9 +273,9 @@ def _read(folder: Path, shape: Any) -> Given:
             raise UserError(
                 f"'{path}' is {type(leaf).__name__}, whose delta takes the base to know",
                 str(folder),
-                "fuse it into its base instead, or train plain LoRA",
+                "fuse it with adapters.lora.fuse, or train plain LoRA",
             )
-    return Given(folder, read_base(folder), adapter, sha256_of([folder / WEIGHTS]))
+    return Given(folder, read_base(folder), adapter, _sha256(folder))
 
 
 def _common_base(folders: Sequence[Path], own: Identity | None, any_base: bool) -> Identity | None:
@@ -286,10 +304,15 @@ def _common_base(folders: Sequence[Path], own: Identity | None, any_base: bool) 
     return base
 
 
+def _sha256(folder: Path) -> str:
+    """Of all that says what an adapter computes."""
+    return sha256_of([folder / CONFIG, folder / WEIGHTS])
+
+
 def _check_unchanged(record: Path, folders: Sequence[Path]) -> None:
     """UserError where a merge that is done was of other adapters than there are now."""
     for folder, merged in zip(folders, read_json(record)["adapters"], strict=True):
-        if sha256_of([folder / WEIGHTS]) != merged["sha256"]:
+        if _sha256(folder) != merged["sha256"]:
             raise UserError(
                 "the adapter has changed since it was merged", str(folder), "use another --workdir"
             )

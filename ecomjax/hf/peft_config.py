@@ -111,14 +111,20 @@ def _check_numbers(fields: dict[str, Any], where: str) -> None:
     try:
         for key in ("rank_pattern", "alpha_pattern"):
             numbers += (fields.get(key) or {}).values()
-            patterns += (fields.get(key) or {}).keys()
         for pattern in patterns:
             re.compile(pattern)
+        for key in ("rank_pattern", "alpha_pattern"):
+            for pattern in fields.get(key) or {}:
+                re.compile(_at_the_end(pattern))
     except (AttributeError, re.error):
         raise UserError("broken pattern in adapter config", where, "correct the config") from None
     finite = all(type(value) in (int, float) and math.isfinite(value) for value in numbers)
     if not finite:
         raise UserError("rank, alpha or dropout is no number", where, "correct the config")
+    if not 0.0 <= fields["lora_dropout"] < 1.0:
+        raise UserError(
+            f"'lora_dropout' is {fields['lora_dropout']}", where, "use a rate from 0 to below 1"
+        )
 
 
 def is_target(fields: Mapping[str, Any], name: str, parameter: bool) -> bool:
@@ -162,9 +168,14 @@ def check_targets_exist(
 def _setting(fields: Mapping[str, Any], pattern: str, default: str, name: str) -> Any:
     """Rank or alpha of a target, by PEFT's rule: the first pattern that its name ends with."""
     for key, value in (fields.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if re.match(_at_the_end(key), name):
             return value
     return fields[default]
+
+
+def _at_the_end(pattern: str) -> str:
+    """The expression of names that end with a pattern, as PEFT puts it."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def rank_of(fields: Mapping[str, Any], name: str, where: str) -> int:

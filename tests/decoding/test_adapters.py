@@ -11,6 +11,7 @@ from ecomjax.adapters.rules import LoraRule
 from ecomjax.decoding.beam import BeamOptions, beam_search
 from ecomjax.decoding.generate import GenerateOptions, generate
 from ecomjax.decoding.score import label_log_likelihoods
+from ecomjax.errors import UserError
 from ecomjax.models import registry
 from ecomjax.models.t5 import T5Config
 
@@ -105,4 +106,26 @@ def test_one_program_whichever_adapters_the_prompts_use(tiny, prompts, watched):
 
     traced, _ = count(run, OF_PROMPTS)
     assert 0 < traced <= 4
-    assert count(run, OF_PROMPTS[::-1])[0] == 0
+    assert count(run, OF_PROMPTS[::-1])[0] == count(run, [0] * len(prompts))[0] == 0
+
+
+@pytest.mark.parametrize("answer", [greedy, labels])
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [
+        ([0, 1, 2, 2, 1, 0, 0, 3], "adapter 3 of 3 that are held"),
+        ([0, 1, 2, 2, 1, 0, 0, -1], "adapter -1 of 3 that are held"),
+        ([0, 1, 2], "3 adapters for 8 prompts"),
+        ([0] * 9, "9 adapters for 8 prompts"),
+    ],
+)
+def test_an_adapter_that_is_not_held_is_refused(tiny, prompts, answer, adapters, message):
+    """Jax would take the nearest that is."""
+    held = hold_together(make_adapters(tiny.params, tiny.axes))
+    with pytest.raises(UserError, match=message):
+        answer(tiny.model, {"params": tiny.params, "lora": held}, prompts, adapters)
+
+
+def test_without_adapters_none_can_be_named(tiny, prompts):
+    with pytest.raises(UserError, match="adapter 0 of 0"):
+        greedy(tiny.model, {"params": tiny.params}, prompts, [0] * len(prompts))

@@ -171,3 +171,10 @@ def test_several_tasks_are_a_mixture():
 def test_tasks_and_mixtures_that_cannot_be_are_refused(path, value, told):
     with pytest.raises(UserError, match=told):
         from_config(changed(plain(), path, value))
+
+
+def test_pissa_of_a_quantized_base_is_refused():
+    values = changed(plain(), "adapter.pissa", True)
+    from_config(values)
+    with pytest.raises(UserError, match=r"config\.adapter\.pissa; set config\.model\.quant"):
+        from_config(changed(values, "model.quantization", "nf4"))

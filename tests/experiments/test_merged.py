@@ -122,7 +122,7 @@ def test_the_record(base, make_config, pair, tmp_path):
     assert [one["ranks"] for one in record["adapters"]] == [[2, 3], [4]]
     assert all(len(one["sha256"]) == 64 for one in record["adapters"])
     adapters = [read_adapter(folder, base.config) for folder in pair]
-    found = merge(adapters, [1.0, 1.0], "ties", merged._options(config), seed=7)
+    found = merge(adapters, [1.0, 1.0], "ties", merged.options_of(config), seed=7)
     for path, kernel in record["kernels"].items():
         assert kernel == json.loads(json.dumps(dataclasses.asdict(found.report[path])))
     assert 0 < record["relative_error"] < 1 and {"jax", "numpy"} <= record["versions"].keys()
@@ -148,7 +148,7 @@ def test_a_merge_that_is_done_is_not_repeated(make_config, pair, tmp_path, monke
     monkeypatch.setattr(Plan, "kernel", None)
     merged.run(config, str(tmp_path / "run"))
     assert files_of(tmp_path / "run" / "adapter") == before
-    save_file({Q_A0: np.zeros(2)}, pair[1] / WEIGHTS)
+    change_config(lora_alpha=99)(pair[1])
     with pytest.raises(UserError, match=r"changed since it was merged.*adapter-2"):
         merged.run(config, str(tmp_path / "run"))
 
@@ -285,6 +285,27 @@ def test_weights_are_searched_on_validation_examples(
     np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max() + 1e-7)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"search.kind": "gradient_free", "search.budget": 5}, "budget 5 for 2 weights"),
+        ({"search.kind": "gradient", "search.penalty": 1e6}, "no weights suit"),
+    ],
+)
+def test_a_search_that_finds_nothing_writes_nothing(
+    tiny_base, make_adapter, tmp_path, changes, message
+):
+    folders = [make_adapter(1, {Q: 2}), make_adapter(2, {Q: 4})]
+    raw = configs.get_config("esci")
+    raw.model.path, raw.adapters = str(tiny_base), tuple(map(str, folders))
+    raw.update_from_flattened_dict(
+        {"method": "svd", "search.examples": 2, "data.validation_size": 4} | changes
+    )
+    with pytest.raises(UserError, match=message):
+        merged.run(from_config(raw), str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "dare_linear", "slerp", "ties"])
 def test_without_weights_the_same_adapter_twice_is_itself(
     base, make_config, make_adapter, tmp_path, method
@@ -394,6 +415,27 @@ MISTAKES = {
         {"search__kind": "gradient", "method": "svd"},
         ["no tasks", "config.tasks", "configs/merged.py:TASK"],
     ),
+    "tasks without a search": (
+        keep,
+        {"search__budget": 10},
+        ["only a search of weights reads it", "config.search", "config.search.kind"],
+    ),
+    "a quantized base": (
+        keep,
+        {"model__quantization": "nf4", "output": "model"},
+        ["not quantized", "config.model.quantization"],
+    ),
+    "a dropout that is none": (change_config(lora_dropout=5.0), {}, ["'lora_dropout' is 5.0"]),
+    "a pattern that ends no name": (
+        change_config(rank_pattern={"(?i)q_proj": 4}),
+        {},
+        ["broken pattern", "adapter-2"],
+    ),
+    "a kernel that one lacks": (
+        keep,
+        {"method": "slerp"},
+        [f"adapter 1 lacks kernel '{DOWN}'", "slerp"],
+    ),
     "a search beside weights": (
         keep,
         {"search__kind": "gradient", "method": "svd", "weights": (1.0, 1.0)},
@@ -451,7 +493,7 @@ def test_dora_is_refused_by_name(base, make_config, pair, tmp_path, monkeypatch)
     leaf = trees.flatten(read_adapter(pair[0], base.config))[Q]
     dora = DoRA(leaf.a, leaf.b, leaf.scale, np.ones((2, 16), np.float32))
     monkeypatch.setattr(merged, "read_adapter", lambda *_: trees.unflatten({Q: dora}))
-    with pytest.raises(UserError, match=r"is DoRA.*adapter-1; fuse it into its base"):
+    with pytest.raises(UserError, match=r"is DoRA.*adapter-1; fuse it with adapters"):
         merged.run(make_config(pair), str(tmp_path / "run"))
 
 
@@ -462,7 +504,7 @@ def test_what_no_merge_has_made_is_not_replaced(make_config, pair, tmp_path, out
     (target / WEIGHTS).write_text("mine")
     with pytest.raises(UserError, match="what no merge has made"):
         merged.run(make_config(pair, output=output), str(tmp_path / "run"))
-    assert files_of(target) == {WEIGHTS: b"mine"}
+    assert files_of(target) == {WEIGHTS: b"mine"} and list(target.parent.iterdir()) == [target]
 
 
 @pytest.mark.parametrize("output", ["adapter", "model"])
