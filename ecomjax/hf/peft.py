@@ -127,22 +127,28 @@ def write_leaves(
     def tensors_of_targets() -> Iterator[tuple[str, np.ndarray]]:
         held: dict[str, LowRank | DoRA] = {}
         for target in adapted:
-            # An embedding and its tied head are one leaf, asked for once.
             paths = [part.path for part in target.parts if part.path in expected]
-            held = {
-                path: held.get(path) or jax.tree.map(np.asarray, leaves[path]) for path in paths
-            }
-            pieces: dict[str, tuple[int, float]] = {}
-            for index, name in target.names():
-                parts = cut(target, index, held, where)
-                for part, own in zip(target.parts, parts, strict=True):
-                    part_ranks.setdefault(part.path, []).append(own.rank if own else 0)
-                piece = join(target, parts)
-                pieces[name] = piece.rank, alpha_of(piece.scale, piece.rank)
-                yield from tensors_of(target, stem(target, name, adapted), piece, where).items()
-            found_by = keys(target, table, targets)
-            ranks.add(found_by, {name: rank for name, (rank, _) in pieces.items()})
-            alphas.add(found_by, {name: alpha for name, (_, alpha) in pieces.items()})
+            # An embedding and its tied head are one leaf, asked for once; others are let go.
+            held = {path: leaf for path, leaf in held.items() if path in paths}
+            for path in paths:
+                if path not in held:
+                    held[path] = jax.tree.map(np.asarray, leaves[path])
+            yield from tensors_of_target(target, held)
+
+    def tensors_of_target(
+        target: Target, held: Mapping[str, LowRank | DoRA]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        pieces: dict[str, tuple[int, float]] = {}
+        for index, name in target.names():
+            parts = cut(target, index, held, where)
+            for part, own in zip(target.parts, parts, strict=True):
+                part_ranks.setdefault(part.path, []).append(own.rank if own else 0)
+            piece = join(target, parts)
+            pieces[name] = piece.rank, alpha_of(piece.scale, piece.rank)
+            yield from tensors_of(target, stem(target, name, adapted), piece, where).items()
+        found_by = keys(target, table, targets)
+        ranks.add(found_by, {name: rank for name, (rank, _) in pieces.items()})
+        alphas.add(found_by, {name: alpha for name, (_, alpha) in pieces.items()})
 
     (architecture,) = families.config_to_hf(config)["architectures"]
     task_types = [kind for end, kind in _TASK_TYPES.items() if architecture.endswith(end)]
