@@ -81,7 +81,7 @@ def spherical(terms: Sequence[Factors], weights: Sequence[float], name: str) -> 
     norms = [math.sqrt(max(0.0, inner(term, term))) for term in terms]
     if not all(norms):
         raise UserError(
-            f"delta of adapter {norms.index(0.0)} is zero or absent",
+            f"delta of adapter {norms.index(0.0)} is zero",
             f"'{name}', method 'slerp'",
             "use adapters that both change every kernel, or another method",
         )

@@ -437,8 +437,12 @@ def test_what_cannot_be_merged_is_refused(weights, method, options, message):
 
 def test_slerp_refuses_what_has_no_direction():
     a, part = make(1), make(2, paths=("head",))
-    with pytest.raises(UserError, match=r"adapter 1 is zero or absent.*layers_0/q/kernel.*slerp"):
+    with pytest.raises(UserError, match=r"adapter 1 lacks kernel 'layers/q/kernel'.*slerp"):
         merge([a, part], [0.5, 0.5], "slerp")
+    zero = make(2)
+    zero["head"] = zero["head"].replace(b=np.zeros_like(zero["head"].b))
+    with pytest.raises(UserError, match=r"adapter 1 is zero.*head.*slerp"):
+        merge([a, zero], [0.5, 0.5], "slerp")
     with pytest.raises(UserError, match="3 adapters"):
         merge([a, a, a], [0.5, 0.5, 0.5], "slerp")
 
