@@ -58,6 +58,10 @@ def options(task: str) -> dict:
     return {p.name: p.default for p in inspect.signature(registry.TASKS[task]).parameters.values()}
 
 
+def mesh() -> ConfigDict:
+    return ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "expert": 1})
+
+
 def task(name: str, smoke: bool = False) -> ConfigDict:
     return ConfigDict(
         {

@@ -19,4 +19,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer = common.optimizer()
     config.training = common.training(tasks, smoke)
     config.evaluation = common.evaluation(tasks, smoke)
+    config.mesh = common.mesh()
     return config

@@ -16,4 +16,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data = common.data(smoke)
     config.fewshot = common.fewshot(task, smoke)
     config.evaluation = common.evaluation([task], smoke)
+    config.mesh = common.mesh()
     return config

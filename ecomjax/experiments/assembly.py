@@ -26,7 +26,7 @@ from ecomjax.data.store import Sizes
 from ecomjax.data.subsets import draw
 from ecomjax.errors import UserError
 from ecomjax.evaluation.predict import Predictor
-from ecomjax.experiments.config import DataConfig, EvaluationConfig, ModelConfig, TaskConfig
+from ecomjax.experiments.sections import DataConfig, EvaluationConfig, ModelConfig, TaskConfig
 from ecomjax.hf.checkpoints import Identity, load_pretrained
 from ecomjax.hf.files import sha256_of
 from ecomjax.hf.tokenizer import Tokenizer

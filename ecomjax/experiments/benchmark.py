@@ -23,7 +23,7 @@ from ecomjax.errors import UserError
 from ecomjax.experiments.assembly import Base, load_base, load_encoded, make_predictor, say
 from ecomjax.experiments.benchmark_merge import METHODS_7B, MergeResult, merge_7b
 from ecomjax.experiments.benchmark_refactor import refactor_beside_peft
-from ecomjax.experiments.config import DataConfig, EvaluationConfig, ModelConfig, TaskConfig
+from ecomjax.experiments.sections import DataConfig, EvaluationConfig, ModelConfig, TaskConfig
 from ecomjax.tasks.registry import get_task
 from ecomjax.training.losses import causal_lm
 

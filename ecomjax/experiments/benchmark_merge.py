@@ -20,8 +20,9 @@ from ecomjax.adapters.methods import METHODS
 from ecomjax.errors import UserError
 from ecomjax.experiments import merged
 from ecomjax.experiments.assembly import say
-from ecomjax.experiments.config import MergedConfig, MergeOptionsConfig, ModelConfig
+from ecomjax.experiments.config import MergedConfig
 from ecomjax.experiments.files import read_json
+from ecomjax.experiments.sections import MergeOptionsConfig, ModelConfig
 from ecomjax.experiments.workdir import Workdir, machine
 from ecomjax.hf import families
 from ecomjax.hf.checkpoints import Identity, load_config

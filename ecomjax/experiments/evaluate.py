@@ -27,14 +27,9 @@ from ecomjax.experiments.assembly import (
     make_tasks,
     say,
 )
-from ecomjax.experiments.config import (
-    EvaluationConfig,
-    FinetuneConfig,
-    IclConfig,
-    TaskConfig,
-    to_dict,
-)
+from ecomjax.experiments.config import FinetuneConfig, IclConfig, to_dict
 from ecomjax.experiments.files import jsonable, read_json, read_jsonl, write_json, write_jsonl
+from ecomjax.experiments.sections import EvaluationConfig, TaskConfig
 from ecomjax.experiments.workdir import Workdir
 from ecomjax.hf.files import sha256_of
 from ecomjax.hf.peft import read_adapter

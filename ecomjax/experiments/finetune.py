@@ -30,8 +30,9 @@ from ecomjax.experiments.assembly import (
     make_tasks,
     say,
 )
-from ecomjax.experiments.config import FinetuneConfig, MixtureConfig
+from ecomjax.experiments.config import FinetuneConfig
 from ecomjax.experiments.files import read_json
+from ecomjax.experiments.sections import MixtureConfig
 from ecomjax.experiments.workdir import Workdir
 from ecomjax.hf.peft import write_adapter
 from ecomjax.tasks.base import Example

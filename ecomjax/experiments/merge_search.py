@@ -23,7 +23,8 @@ from ecomjax.experiments.assembly import (
     make_tasks,
     say,
 )
-from ecomjax.experiments.config import EvaluationConfig, MergedConfig
+from ecomjax.experiments.config import MergedConfig
+from ecomjax.experiments.sections import EvaluationConfig
 from ecomjax.training.losses import causal_lm
 from ecomjax.training.step import make_loss_pass
 from ecomjax.typing import Adapter, Batch

@@ -17,10 +17,11 @@ from ecomjax.adapters.weights import Weight
 from ecomjax.data.progress import counting
 from ecomjax.errors import UserError
 from ecomjax.experiments.assembly import load_base, say
-from ecomjax.experiments.config import DataConfig, MergedConfig, SearchConfig
+from ecomjax.experiments.config import MergedConfig
 from ecomjax.experiments.figures import heat_map
 from ecomjax.experiments.files import read_json, write_json
 from ecomjax.experiments.merge_search import search_weights
+from ecomjax.experiments.sections import DataConfig, SearchConfig
 from ecomjax.experiments.workdir import Workdir, machine
 from ecomjax.hf.checkpoints import Identity, load_config, open_pretrained, save_fused
 from ecomjax.hf.files import remove_leftovers, sha256_of

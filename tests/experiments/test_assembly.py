@@ -10,7 +10,7 @@ from ecomjax.data.store import Sizes
 from ecomjax.errors import UserError
 from ecomjax.experiments import assembly
 from ecomjax.experiments.assembly import choose, load_base, load_examples, make_source
-from ecomjax.experiments.config import DataConfig
+from ecomjax.experiments.sections import DataConfig
 from ecomjax.hf.checkpoints import load_pretrained
 from ecomjax.hf.files import sha256_of
 from ecomjax.models.bert import BertConfig

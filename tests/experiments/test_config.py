@@ -6,8 +6,9 @@ from ml_collections import ConfigDict
 from configs import finetune, icl, study
 from ecomjax.adapters.rules import EVERY_LINEAR
 from ecomjax.errors import UserError
-from ecomjax.experiments.config import AdapterConfig, FinetuneConfig, from_config, to_dict, to_json
+from ecomjax.experiments.config import FinetuneConfig, from_config, to_dict, to_json
 from ecomjax.experiments.conversion import section_of
+from ecomjax.experiments.sections import AdapterConfig
 
 
 def plain(make=finetune.get_config, arg="esci"):
