@@ -6,6 +6,7 @@ after the shardings of their arguments.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array
 
 from ecomjax import trees
 from ecomjax.errors import UserError
@@ -21,7 +23,7 @@ from ecomjax.typing import Adapter, Params
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "embed": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
@@ -38,6 +40,9 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
 }
 """The mesh axes that each logical axis is split over; None where every device holds all of it."""
 
+PARAMETERS_ALONE = ("embed", "experts")
+"""Logical axes that activations are not split over: the mesh axes of their rules hold rows."""
+
 
 def make_mesh(
     data: int = -1,
@@ -46,26 +51,55 @@ def make_mesh(
     expert: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh of all devices, or of those given; one of the sizes may be -1, for the rest.
+    """A mesh of the devices given, or of all; one of the sizes may be -1, for the rest.
+
+    Sizes that multiply to fewer devices take the first ones, where one process has them all.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: the sizes do not fit the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor, expert]
     asked = ", ".join(f"{name} {size}" for name, size in zip(MESH_AXES, sizes, strict=True))
     fixed = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) == 1 and fixed > 0:
+    if sizes.count(-1) == 1 and 0 < fixed and len(devices) % fixed == 0:
         sizes[sizes.index(-1)] = len(devices) // fixed
-    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+    used = math.prod(sizes)
+    if min(sizes) < 1 or used > len(devices) or (used < len(devices) and jax.process_count() > 1):
         raise UserError(
             f"a mesh of {asked} does not fit {len(devices)} devices",
-            "mesh",
+            "config.mesh",
             "use sizes of 1 or more that multiply to the number of devices, one of them -1 "
             "for the rest",
         )
     types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes), MESH_AXES, types, devices=devices)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, types, devices=devices[:used])
+
+
+def use(mesh: Mesh) -> Any:
+    """Context in which `constrain` means this mesh; one of a single device means nothing to it."""
+    return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
+
+
+def constrain(x: Array, names: Sequence[str | None]) -> Array:
+    """The same values, split over the mesh in use as the logical axes of an activation say.
+
+    Without a mesh, x as it is. What does not divide is whole, as it is in the parameters,
+    where that is told.
+
+    Args:
+        x: any array.
+        names: a key of `RULES` for each axis, or None for one that is not split.
+
+    Raises:
+        ValueError: another number of axes, or an unknown one.
+    """
+    if len(names) != x.ndim:
+        raise ValueError(f"axes {tuple(names)} of an activation of shape {x.shape}")
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    split = [None if name in PARAMETERS_ALONE else name for name in names]
+    spec, _ = _spec("activation", split, x.shape, dict(mesh.shape))
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec)
 
 
 class Fallback(NamedTuple):
@@ -110,7 +144,7 @@ def specs(
             # Scales have axes of 1 where the kernel has many: nothing to split, nothing to tell.
             whole = zip(leaf.names, array.shape, described[path].shape, strict=True)
             names = [None if size == 1 < full else name for name, size, full in whole]
-            spec, missed = _spec(path, names, array.shape, mesh)
+            spec, missed = _spec(path, names, array.shape, mesh.shape)
             fallbacks |= dict.fromkeys(missed)
             held = math.prod(NamedSharding(mesh, spec).shard_shape(array.shape))
             lost = math.prod(fallback.parts for fallback in missed)
@@ -127,22 +161,70 @@ def specs(
     return trees.unflatten(flat), list(fallbacks)
 
 
-def adapter_specs(adapter: Adapter, axes: Params, mesh: Mesh) -> Adapter:
-    """How each array of an adapter is split: over experts, as its kernel; factors are whole."""
-    described = trees.flatten(axes)
+def adapter_specs(adapter: Adapter, axes: Params, shapes: Params, mesh: Mesh) -> Adapter:
+    """How each array of an adapter is split: as its kernel, along the axes that both have.
+
+    Factors have the stack of the kernel; along its inputs (`a`) or outputs (`b`, magnitudes),
+    which lie flat in them, they are split as the first of these is. The rank is not.
+
+    Args:
+        adapter: arrays, or their shapes.
+        axes, shapes: of the parameters, see `specs`.
+        mesh: from `make_mesh`.
+    """
+    described, kernels = trees.flatten(axes), trees.flatten(shapes)
 
     def of_leaf(path: str, leaf: Any) -> Any:
-        names = described[path].names[: described[path].stacked]
-        return jax.tree.map(lambda x: _spec(path, names, x.shape, mesh)[0], leaf)
+        own = described[path]
+        of_kernel, _ = _spec(path, own.names, kernels[path].shape, mesh.shape)
+        stack, d_in = of_kernel[: own.stacked], of_kernel[own.stacked]
+        d_out = of_kernel[own.stacked + own.inputs]
+        rest = {"a": (d_in, None), "b": (None, d_out), "magnitude": (d_out,)}
+        # Several adapters lie along an axis behind the stack.
+        held = (None,) * (leaf.scale.ndim - own.stacked)
+
+        def of_array(field: Any, _: Any) -> PartitionSpec:
+            return PartitionSpec(*stack, *held, *rest.get(field[0].name, ()))
+
+        return jax.tree_util.tree_map_with_path(of_array, leaf)
 
     flat = trees.flatten(adapter)
     return trees.unflatten({path: of_leaf(path, leaf) for path, leaf in flat.items()})
 
 
+def state_shardings(state: Any, trained: Any, mesh: Mesh) -> Any:
+    """Where the arrays of a training state lie: as the parameter whose path theirs ends with.
+
+    Moments of an optimizer have the shapes of the parameters they are of; all else, such as
+    the counts of steps, every device holds.
+
+    Args:
+        state: any tree of arrays or shapes.
+        trained: a `NamedSharding` for each trained parameter.
+        mesh: that all of them are on.
+    """
+    own = {tuple(path): s for path, s in jax.tree_util.tree_flatten_with_path(trained)[0]}
+
+    def of(path: Any, leaf: Any) -> NamedSharding:
+        ends = (own.get(tuple(path[i:])) for i in range(len(path)))
+        found = next((end for end in ends if end is not None and len(end.spec) <= leaf.ndim), None)
+        return found or whole(mesh)
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """Every device holds all of it."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def _spec(
-    path: str, names: Sequence[str | None], shape: Sequence[int], mesh: Mesh
+    path: str, names: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int]
 ) -> tuple[PartitionSpec, list[Fallback]]:
-    """Of the axes that have names, the leading ones of the shape; None is not split."""
+    """Of the axes that have names, the leading ones of the shape; None is not split.
+
+    Sizes are those of the mesh axes, 1 where there are none.
+    """
     spec: list[str | tuple[str, ...] | None] = []
     taken: dict[str, str] = {}
     fallbacks: list[Fallback] = []
@@ -160,7 +242,7 @@ def _spec(
                     f"{path}: {taken[mesh_axis]!r} and {name!r} are both split over {mesh_axis!r}"
                 )
             taken[mesh_axis] = name
-        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in own)
+        parts = math.prod(sizes.get(mesh_axis, 1) for mesh_axis in own)
         if size % parts:
             fallbacks.append(Fallback(path, name, size, own, parts))
         spec.append(None if size % parts else rule)
@@ -173,30 +255,89 @@ def shardings(specs: Params, mesh: Mesh) -> Params:
 
 
 def shard_params(params: Params, shardings: Params) -> Params:
-    """The parameters on their devices."""
-    return jax.device_put(params, shardings)
+    """The parameters, of which every process has all, on their devices."""
+    if jax.process_count() == 1:
+        return jax.device_put(params, shardings)
+
+    def place(x: Any, sharding: Sharding) -> jax.Array:
+        held = np.asarray(x)
+        return build_array(held.shape, sharding, lambda cut: held[cut])
+
+    return jax.tree.map(place, params, shardings)
 
 
-def shard_rows(batch: Any, mesh: Mesh, axis: int = 0) -> Any:
-    """A batch on its devices, rows split over data and fsdp.
+def bytes_per_device(tree: Any) -> int:
+    """Of arrays that are on their devices, what each of these holds."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def gather(tree: Any, mesh: Mesh) -> Any:
+    """The same arrays, whole on every device, so that every process can read them."""
+    return jax.jit(lambda x: x, out_shardings=whole(mesh))(tree)
+
+
+def row_parts(mesh: Mesh | None = None) -> int:
+    """Over how many parts rows are split, by this mesh or the one in use; 1 without a mesh."""
+    sizes: Any = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
+    return math.prod(sizes.get(axis, 1) for axis in RULES["batch"] or ())
+
+
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of all rows the devices of this process hold, and of how many parts.
+
+    Processes may hold the same part, where their devices split the model alone.
+
+    Raises:
+        UserError: the rows of this process do not lie side by side.
+    """
+    parts = row_parts(mesh)
+    held = _rows_sharding(mesh).addressable_devices_indices_map((parts,))
+    first = {(cut or (slice(0),))[0].start or 0 for cut in held.values()}
+    start, count = min(first), len(first)
+    if first != set(range(start, start + count)) or start % count or parts % count:
+        raise UserError(
+            f"process {jax.process_index()} holds the parts {sorted(first)} of {parts} of the rows",
+            "config.mesh",
+            "use sizes with which the devices of a process hold neighbouring rows",
+        )
+    return start // count, parts // count
+
+
+def _rows_sharding(mesh: Any, axis: int = 0) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, RULES["batch"]))
+
+
+def shard_rows(batch: Any, mesh: Mesh, axis: int = 0, share: bool = False) -> Any:
+    """A batch on its devices, rows split over data, fsdp and expert.
 
     Args:
         batch: tree of arrays with the rows along `axis`.
         mesh: from `make_mesh`.
         axis: 1 where microbatches lead.
+        share: whether the batch is this process's share of the rows (`row_share`), not all.
 
     Raises:
         UserError: the rows do not divide.
     """
-    rows, over = jax.tree.leaves(batch)[0].shape[axis], RULES["batch"] or ()
-    parts = math.prod(mesh.shape[name] for name in over)
-    if rows % parts:
+    rows, parts = jax.tree.leaves(batch)[0].shape[axis], row_parts(mesh)
+    of = row_share(mesh)[1] if share else 1
+    if rows * of % parts:
         raise UserError(
-            f"{rows} rows do not divide over {parts} devices",
-            "mesh",
-            f"use a multiple of the sizes of {' and '.join(over)}, multiplied",
+            f"{rows * of} rows do not divide over {parts} devices",
+            "config.mesh",
+            f"use a multiple of the sizes of {', '.join(RULES['batch'] or ())}, multiplied",
         )
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(*[None] * axis, over)))
+    sharding = _rows_sharding(mesh, axis)
+
+    def place(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        if not share:
+            return build_array(x.shape, sharding, lambda cut: x[cut])
+        shape = (*x.shape[:axis], x.shape[axis] * of, *x.shape[axis + 1 :])
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return jax.tree.map(place, batch)
 
 
 def build_array(

@@ -116,7 +116,7 @@ def test_sharded_is_unsharded(config, mesh, batch):
     ],
 )
 def test_training_loss_and_gradients(name, quantization, mesh, batch):
-    """Adapters lie whole on every device, but for their experts."""
+    """Adapters lie as their kernels do."""
     model = registry.build(CASES[name])
     shapes, axes = registry.describe(model)
     params = random_params(shapes)
@@ -126,7 +126,8 @@ def test_training_loss_and_gradients(name, quantization, mesh, batch):
         params = quantize(params, axes, quantization)
     specs, _ = sharding.specs(axes, params, mesh)
     placed = sharding.shard_params(params, sharding.shardings(specs, mesh))
-    by_adapter = sharding.shardings(sharding.adapter_specs(adapter, axes, mesh), mesh)
+    specs = sharding.adapter_specs(adapter, axes, shapes, mesh)
+    by_adapter = sharding.shardings(specs, mesh)
 
     @jax.jit
     def value_and_grad(params, adapter, batch):
@@ -195,14 +196,23 @@ def test_specs_follow_the_rules():
     assert found["final_norm/scale"] == ("fsdp",)
 
 
-def test_adapters_are_split_over_experts_alone():
+def test_adapters_are_split_as_their_kernels():
+    """Along the first input and the first output axis, whole where that does not divide."""
     shapes, axes = registry.describe(registry.build(CASES["mixtral_ragged"]))
     _, adapter = lora.init(shapes, axes, [LoraRule(rank=3)], jax.random.key(0))
-    specs = sharding.adapter_specs(adapter, axes, sharding.make_mesh(1, 2, 2, 2))["layers"]
-    experts = specs["mlp"]["experts"]["up"]["kernel"]
-    assert {tuple(x) for x in (experts.a, experts.b, experts.scale)} == {(None, "expert")}
-    queries = specs["attn"]["q"]["kernel"]
-    assert {tuple(x) for x in (queries.a, queries.b, queries.scale)} == {(None,)}
+
+    def found(*sizes):
+        specs = sharding.adapter_specs(adapter, axes, shapes, sharding.make_mesh(*sizes))["layers"]
+        leaves = specs["mlp"]["experts"]["up"], specs["attn"]["o"], specs["attn"]["k"]
+        return [[tuple(x) for x in jax.tree.leaves(leaf)] for leaf in leaves]
+
+    assert found(1, 2, 2, 2) == [
+        [(None, "expert", "fsdp", None), (None, "expert", None, "tensor"), (None, "expert")],
+        [(None, "tensor", None), (None, None, "fsdp"), (None,)],
+        [(None, "fsdp", None), (None, None, "tensor"), (None,)],
+    ]
+    # Two key heads over four devices, though their numbers, lying flat, would divide.
+    assert found(1, 2, 4, 1)[2][1] == (None, None, None)
 
 
 def test_what_does_not_divide_is_whole_and_listed():
@@ -245,9 +255,10 @@ def test_mesh_sizes():
     assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 4, "expert": 1}
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert dict(sharding.make_mesh(devices=jax.devices()[:2]).shape)["data"] == 2
+    assert sharding.make_mesh(1, 3).devices.ravel().tolist() == jax.devices()[:3]
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 2, 1, 1), (-1, -1, 1, 1), (-1, 3), (0, 8)])
+@pytest.mark.parametrize("sizes", [(16, 1, 1, 1), (-1, 3, 1, 1), (-1, -1, 1, 1), (-1, 3), (0, 8)])
 def test_mesh_sizes_that_do_not_fit(sizes):
     with pytest.raises(UserError, match=rf"a mesh of data {sizes[0]}.* does not fit 8 devices"):
         sharding.make_mesh(*sizes)
@@ -258,7 +269,7 @@ def test_rows_are_split_over_data_and_fsdp(batch):
     assert sharding.shard_rows(batch, mesh).tokens.addressable_shards[0].data.shape == (1, SLOTS)
     micro = jax.tree.map(lambda x: x[None], batch)
     placed = sharding.shard_rows(micro, mesh, axis=1)
-    assert placed.tokens.sharding.spec == PartitionSpec(None, ("data", "fsdp"))
+    assert placed.tokens.sharding.spec == PartitionSpec(None, ("data", "fsdp", "expert"))
     with pytest.raises(UserError, match="3 rows do not divide over 4"):
         sharding.shard_rows(jax.tree.map(lambda x: x[:3], batch), mesh)
 

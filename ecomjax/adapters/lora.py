@@ -90,7 +90,7 @@ def _init_leaf(
         )
     )
     rank, bound = int(ranks.max()), d_in**-0.5
-    used = jnp.asarray(np.arange(rank) < ranks[..., None])
+    used = np.arange(rank) < ranks[..., None]
     if embedding:
         a = jnp.zeros((*stack, d_in, rank), jnp.float32)
         b = jax.random.normal(key, (*stack, rank, d_out), jnp.float32)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import flax.struct
@@ -202,7 +203,13 @@ class NF4Kernel(_Frozen, flax.struct.PyTreeNode):
 KINDS: dict[str, type[Int8Kernel] | type[NF4Kernel]] = {"int8": Int8Kernel, "nf4": NF4Kernel}
 
 
-def quantize(params: Params, axes: Params, kind: Kind, pattern: str = EVERY_LINEAR) -> Params:
+def quantize(
+    params: Params,
+    axes: Params,
+    kind: Kind,
+    pattern: str = EVERY_LINEAR,
+    place: Callable[[str, Any], Any] = lambda path, kernel: kernel,
+) -> Params:
     """The parameters with every kernel that matches `pattern` quantized, one matrix at a time.
 
     Args:
@@ -210,6 +217,7 @@ def quantize(params: Params, axes: Params, kind: Kind, pattern: str = EVERY_LINE
         axes: `ParamAxes` at the same paths.
         kind: a name of `KINDS`.
         pattern: regular expression over whole paths.
+        place: puts a quantized kernel, given its path, where it stays, before the next is made.
 
     Raises:
         UserError: the pattern matches no kernel, a kernel is not finite, or its last input
@@ -227,7 +235,7 @@ def quantize(params: Params, axes: Params, kind: Kind, pattern: str = EVERY_LINE
                 path,
                 "use int8, or a pattern without this kernel",
             )
-        flat[path] = quantize_kernel(kernel, of, kind)
+        flat[path] = place(path, quantize_kernel(kernel, of, kind))
         # What is not finite in a kernel is not in its scales.
         if not all(jnp.isfinite(x).all() for x in flat[path].scales):
             raise UserError("weights that are not finite", path, "mend the weights of the base")

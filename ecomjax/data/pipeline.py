@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,12 +80,22 @@ def one_pass(
 
 
 def iterate(
-    plan: Plan, sequences: Sequence[Encoded], rows: int, host: int = 0, hosts: int = 1
+    plan: Plan,
+    sequences: Sequence[Encoded],
+    rows: int,
+    host: int = 0,
+    hosts: int = 1,
+    place: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Any:
-    """A checkpointable iterator (`get_state`, `set_state`) over the steps of a plan."""
+    """A checkpointable iterator (`get_state`, `set_state`) over the steps of a plan.
+
+    Args:
+        plan, sequences, rows, host, hosts: see `StepSource`.
+        place: brings a batch to its devices, ahead of the step that uses it.
+    """
     import grain
 
-    source: Any = StepSource(plan, sequences, rows, host, hosts)
+    source: Any = grain.MapDataset.source(StepSource(plan, sequences, rows, host, hosts))
     # Few batches ahead: they are made faster than used, and hundreds would fill the memory.
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-    return iter(grain.MapDataset.source(source).to_iter_dataset(ahead))
+    return iter(source.map(place).to_iter_dataset(ahead))

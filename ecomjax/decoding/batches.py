@@ -17,6 +17,7 @@ from ecomjax import trees
 from ecomjax.decoding import prefix as prefixes
 from ecomjax.errors import UserError
 from ecomjax.models.encoder_decoder import Memory
+from ecomjax.sharding import row_parts
 from ecomjax.typing import PADDING_SEGMENT, KVCache
 
 OWN_SEGMENT = 1
@@ -64,10 +65,12 @@ class Rows(NamedTuple):
 def by_length(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
     """Indices of the prompts of each batch, short prompts first.
 
-    A short last batch repeats its last prompt, so that no new shape is compiled.
+    A short last batch repeats its last prompt, so that no new shape is compiled and rows
+    divide over the mesh in use.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    rows = min(batch_size, len(prompts))
+    rows, parts = min(batch_size, len(prompts)), row_parts()
+    rows += -rows % parts
     for first in range(0, len(order), max(rows, 1)):
         chosen = order[first : first + rows]
         yield chosen + [chosen[-1]] * (rows - len(chosen))

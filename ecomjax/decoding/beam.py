@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ecomjax.decoding.batches import Limits, Rows, batches, follow, prefill
 from ecomjax.decoding.generate import Generated, until
 from ecomjax.errors import UserError
+from ecomjax.sharding import constrain
 from ecomjax.typing import KVCache
 
 
@@ -185,7 +186,8 @@ def _search(
         return (s.drawn < new) & s.open.any()
 
     state, _ = jax.lax.while_loop(unfinished, body, (state, cache))
-    return state.finished[:, 0], state.scores[:, 0]
+    # Every process reads the answers of all.
+    return constrain(state.finished[:, 0], (None, None)), constrain(state.scores[:, 0], (None,))
 
 
 def beam_search(

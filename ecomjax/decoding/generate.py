@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ecomjax.decoding import sampling
 from ecomjax.decoding.batches import Limits, Rows, batches, follow, prefill
+from ecomjax.sharding import constrain
 from ecomjax.typing import KVCache
 
 
@@ -101,7 +102,8 @@ def _decode(
         return (s.drawn < options.max_new_tokens) & ~s.ended.all()
 
     state = jax.lax.while_loop(unfinished, body, state)
-    return state.tokens, state.log_probabilities
+    # Every process reads the answers of all.
+    return constrain(state.tokens, (None, None)), constrain(state.log_probabilities, (None, None))
 
 
 @dataclasses.dataclass(frozen=True)

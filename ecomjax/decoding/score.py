@@ -18,6 +18,7 @@ from ecomjax.decoding import prefix as prefixes
 from ecomjax.decoding.batches import adapters_of, by_length, count_adapters
 from ecomjax.errors import UserError
 from ecomjax.models.likelihood import token_log_likelihood
+from ecomjax.sharding import constrain
 from ecomjax.typing import Batch, KVCache
 
 
@@ -29,7 +30,8 @@ def _score(
     likelihood = token_log_likelihood(model, variables, batch, seen, adapter_index=adapter)
     segments = jnp.arange(1, labels + 1, dtype=jnp.int32)
     own = batch.segment_ids[:, None, :] == segments[None, :, None]
-    return jnp.where(own, likelihood[:, None, :], 0.0).sum(axis=-1)
+    scores = jnp.where(own, likelihood[:, None, :], 0.0).sum(axis=-1)
+    return constrain(scores, (None, None))
 
 
 def label_log_likelihoods(

@@ -13,9 +13,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from ecomjax import sharding, trees
 from ecomjax.adapters.quantize import quantize, ratios
 from ecomjax.data.cache import Cache
 from ecomjax.data.encoded import EncodedSet, read_set, write_set
@@ -26,7 +27,13 @@ from ecomjax.data.store import Sizes
 from ecomjax.data.subsets import draw
 from ecomjax.errors import UserError
 from ecomjax.evaluation.predict import Predictor
-from ecomjax.experiments.sections import DataConfig, EvaluationConfig, ModelConfig, TaskConfig
+from ecomjax.experiments.sections import (
+    DataConfig,
+    EvaluationConfig,
+    MeshConfig,
+    ModelConfig,
+    TaskConfig,
+)
 from ecomjax.hf.checkpoints import Identity, load_pretrained
 from ecomjax.hf.files import sha256_of
 from ecomjax.hf.tokenizer import Tokenizer
@@ -48,15 +55,23 @@ class Base:
     axes: Params
     tokenizer: Tokenizer
     identity: Identity
+    mesh: Mesh
+    """What the parameters are split over; programs that use them run under `sharding.use`."""
+
+
+ONE_DEVICE = MeshConfig(data=1)
 
 
 @functools.lru_cache(maxsize=1)
-def load_base(config: ModelConfig) -> Base:
-    """Loads the weights and says which ones they are; the last model stays loaded.
+def load_base(config: ModelConfig, layout: MeshConfig = ONE_DEVICE) -> Base:
+    """Loads the weights to their devices and says which they are; the last model stays loaded.
 
     Quantized or not, its identity is that of the weights as they were loaded.
     """
-    loaded = load_pretrained(config.name, config.path, config.param_dtype)
+    mesh = sharding.make_mesh(**dataclasses.asdict(layout))
+    # What is to be quantized comes to the devices kernel by kernel, and smaller.
+    first = mesh if config.quantization == "none" else None
+    loaded = load_pretrained(config.name, config.path, config.param_dtype, first)
     known = {field.name for field in dataclasses.fields(loaded.config)}
     ours = {key: value for key, value in dataclasses.asdict(config).items() if key in known}
     shape = dataclasses.replace(loaded.config, **ours)
@@ -70,8 +85,11 @@ def load_base(config: ModelConfig) -> Base:
     _, axes = registry.describe(module)
     params = loaded.params
     if config.quantization != "none":
-        params = quantize(params, axes, config.quantization)
-    params = jax.tree.map(jnp.asarray, params)
+        params = quantize(
+            params, axes, config.quantization, place=functools.partial(_placed, axes, mesh)
+        )
+    specs, fallbacks = sharding.specs(axes, params, mesh)
+    params = sharding.shard_params(params, sharding.shardings(specs, mesh))
     identity = loaded.identity
     # A local folder is what it is, whatever name the config gives it.
     name = "" if identity.source == "local" else f"{identity.name} "
@@ -82,7 +100,29 @@ def load_base(config: ModelConfig) -> Base:
             f"{config.quantization}: linear layers take {of_kernels:.3f} of their bytes in "
             f"bfloat16, the whole model {of_model:.3f}"
         )
-    return Base(shape, module, params, axes, loaded.tokenizer, identity)
+    if mesh.size > 1:
+        _tell_mesh(mesh, params, fallbacks)
+    return Base(shape, module, params, axes, loaded.tokenizer, identity, mesh)
+
+
+def _placed(axes: Params, mesh: Mesh, path: str, kernel: Any) -> Any:
+    """A kernel on its devices."""
+    own = trees.unflatten({path: trees.flatten(axes)[path]})
+    alone = trees.unflatten({path: kernel})
+    specs, _ = sharding.specs(own, alone, mesh)
+    placed = sharding.shard_params(alone, sharding.shardings(specs, mesh))
+    return trees.flatten(placed)[path]
+
+
+def _tell_mesh(mesh: Mesh, params: Params, fallbacks: Sequence[sharding.Fallback]) -> None:
+    sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    held = sharding.bytes_per_device(params)
+    say(
+        f"mesh of {mesh.size} of {jax.device_count()} devices: {sizes}; the base takes "
+        f"{held / 2**20:.1f} MiB of each, {trees.bytes_of(params) / 2**20:.1f} MiB in all"
+    )
+    for fallback in fallbacks:
+        say(f"mesh: {fallback}")
 
 
 def make_source(config: DataConfig) -> Source:

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
+from ecomjax import sharding
 from ecomjax.adapters import lora
 from ecomjax.data.encoded import key_of
 from ecomjax.data.progress import counting
@@ -43,18 +41,20 @@ def run(config: FinetuneConfig | IclConfig, workdir: str) -> None:
     if isinstance(config, FinetuneConfig):
         if not folder.adapter.is_dir():
             raise UserError("no adapter", str(folder.adapter), "train first, with launch.train")
-        with folder.writing(config, ignore=("evaluation", "data.cache")):
+        with folder.writing(config, ignore=("evaluation", "data.cache", "mesh")):
             _adapter(config, folder)
     else:
-        ignored = ("evaluation.split", "evaluation.batch_size", "data.cache")
+        ignored = ("evaluation.split", "evaluation.batch_size", "data.cache", "mesh")
         with folder.writing(config, ignore=ignored):
             _fewshot(config, folder)
 
 
 def _adapter(config: FinetuneConfig, folder: Workdir) -> None:
-    base = load_base(config.model)
-    adapter = jax.tree.map(jnp.asarray, read_adapter(folder.adapter, base.config, base.identity))
+    base = load_base(config.model, config.mesh)
+    adapter = read_adapter(folder.adapter, base.config, base.identity)
     lora.check_paths(base.params, adapter)
+    specs = sharding.adapter_specs(adapter, base.axes, base.params, base.mesh)
+    adapter = sharding.shard_params(adapter, sharding.shardings(specs, base.mesh))
     split = config.evaluation.split
     variables = {"params": base.params, "lora": adapter}
     for label, task in make_tasks(config.tasks).items():
@@ -75,7 +75,7 @@ def _fewshot(config: IclConfig, folder: Workdir) -> None:
     """
     task = get_task(config.task.name, **config.task.options)
     asked = Asked(task.name, task, config.task)
-    base = load_base(config.model)
+    base = load_base(config.model, config.mesh)
     train = load_examples(task, config.data, "train")
     folder.record_start(base=base.identity, seed=config.fewshot.seed, data={"train": len(train)})
     shots = sorted(set(config.fewshot.shots))
@@ -155,7 +155,8 @@ def _scored(
         say(_told(asked, name, result))
         return result
     predictor = make_predictor(base, task, asked.config, settings)
-    with counting(len(examples), f"{label} {name}", "example") as on_done:
+    progress = counting(len(examples), f"{label} {name}", "example")
+    with sharding.use(base.mesh), progress as on_done:
         predictions = predictor.predict(variables, examples, demonstrations, on_done)
     records = [to_record(e, p) for e, p in zip(examples, predictions, strict=True)]
     write_jsonl(kept, records)

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from ecomjax import sharding
 from ecomjax.adapters import lora
-from ecomjax.adapters.rules import LoraRule
 from ecomjax.data.encoded import EncodedSet, Joined, Kept, fit_window, shared_prefix
 from ecomjax.data.mixture import Mixture, draw_orders, shares
 from ecomjax.data.packing import Plan, make_plan
@@ -32,21 +32,26 @@ from ecomjax.experiments.assembly import (
 )
 from ecomjax.experiments.config import FinetuneConfig
 from ecomjax.experiments.files import read_json
+from ecomjax.experiments.initial import init_adapter, init_state, make_optimizer, make_rules
 from ecomjax.experiments.sections import MixtureConfig
 from ecomjax.experiments.workdir import Workdir
 from ecomjax.hf.peft import write_adapter
 from ecomjax.tasks.base import Example
-from ecomjax.training import optim
 from ecomjax.training.checkpoint import Checkpoints
 from ecomjax.training.loop import LoopOptions, fit
 from ecomjax.training.losses import causal_lm
-from ecomjax.training.state import new_state
 from ecomjax.training.step import make_loss_pass, make_train_step
 from ecomjax.training.writers import MetricsWriter
 from ecomjax.typing import Adapter, Params
 
-SCORING_ONLY = ("evaluation.split", "evaluation.resamples", "evaluation.batch_size", "data.cache")
-"""Keys of the config that training does not depend on."""
+NO_MATTER = (
+    "evaluation.split",
+    "evaluation.resamples",
+    "evaluation.batch_size",
+    "data.cache",
+    "mesh",
+)
+"""Keys of the config that training does not depend on, but for rounding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +80,14 @@ def run(config: FinetuneConfig, workdir: str) -> None:
 
     The run folder then holds the adapter of the best evaluation in PEFT layout.
     """
-    with Workdir(workdir).writing(config, ignore=SCORING_ONLY) as folder:
+    with Workdir(workdir).writing(config, ignore=NO_MATTER) as folder:
         tasks = make_tasks(config.tasks)
         # Mistakes in the mixture and the data are told before a model is loaded.
         shares([1] * len(tasks), _mixture(config.mixture, list(tasks)))
         validation = {
             label: load_examples(task, config.data, "validation") for label, task in tasks.items()
         }
-        base = load_base(config.model)
+        base = load_base(config.model, config.mesh)
         data = {
             label: _prepare(
                 label,
@@ -93,7 +98,8 @@ def run(config: FinetuneConfig, workdir: str) -> None:
             for label, task in tasks.items()
         }
         train = Joined([found.train for found in data.values()])
-        plan = _plan(train, [found.prefix for found in data.values()], config)
+        rows = config.training.rows * sharding.row_parts(base.mesh)
+        plan = _plan(train, [found.prefix for found in data.values()], config, rows)
         facts = {label: found.facts for label, found in data.items()}
         _check_unchanged(facts, folder)
         folder.record_start(base=base.identity, seed=config.training.seed, data=facts)
@@ -101,7 +107,8 @@ def run(config: FinetuneConfig, workdir: str) -> None:
             f"{'+'.join(data)}: {len(plan)} steps of {config.training.batch_size} examples "
             f"in rows of {plan.row_length} tokens"
         )
-        best = _train(config, base, data, train, plan, folder)
+        with sharding.use(base.mesh):
+            best = _train(config, base, data, train, plan, folder)
         write_adapter(folder.adapter, best, base.config, base.identity)
 
 
@@ -175,7 +182,7 @@ def _counts(kept: Kept) -> dict[str, Any]:
     }
 
 
-def _plan(train: Joined, prefixes: list[int], config: FinetuneConfig) -> Plan:
+def _plan(train: Joined, prefixes: list[int], config: FinetuneConfig, rows: int) -> Plan:
     settings = config.training
     mixture = _mixture(config.mixture, list(config.tasks))
     return make_plan(
@@ -185,7 +192,7 @@ def _plan(train: Joined, prefixes: list[int], config: FinetuneConfig) -> Plan:
         packing=settings.packing,
         row_length=settings.row_length,
         batch_size=settings.batch_size,
-        rows_multiple=settings.rows,
+        rows_multiple=rows,
         groups=train.groups,
     )
 
@@ -204,29 +211,21 @@ def _train(
     folder: Workdir,
 ) -> Adapter:
     """The adapter of the best evaluation, to the base as it was loaded."""
-    settings, steps = config.training, len(plan)
-    schedule = optim.schedule(
-        config.optimizer.schedule, config.optimizer.learning_rate, config.optimizer.warmup, steps
-    )
-    optimizer = optim.adamw(
-        schedule,
-        weight_decay=config.optimizer.weight_decay,
-        clip_norm=config.optimizer.clip_norm,
-        beta1=config.optimizer.beta1,
-        beta2=config.optimizer.beta2,
-        loraplus_ratio=config.optimizer.loraplus_ratio,
-    )
-    variant = {name: getattr(config.adapter, name) for name in ("rslora", "dora", "pissa")}
-    rules = [LoraRule(**dataclasses.asdict(rule), **variant) for rule in config.adapter.all_rules]
+    settings, steps, mesh = config.training, len(plan), base.mesh
+    rows = settings.rows * sharding.row_parts(mesh)
+    optimizer, schedule = make_optimizer(config.optimizer, steps)
     init_key, dropout_key = jax.random.split(jax.random.key(settings.seed))
-    params, adapter = lora.init(base.params, base.axes, rules, init_key)
-    start = jax.device_get(adapter)  # Training takes over the arrays themselves.
+    params, adapter = init_adapter(
+        base.params, base.axes, make_rules(config.adapter), init_key, mesh
+    )
+    start = jax.device_get(sharding.gather(adapter, mesh))  # Training takes over the arrays.
     trained, fixed = lora.split(adapter)
+    state, lies = init_state(trained, optimizer, dropout_key, mesh)
     frozen: dict[str, Params] = {"params": params, "fixed": fixed}
     labels = list(data) if len(data) > 1 else []
     loss = causal_lm(base.module, groups=len(labels))
     loss_pass = make_loss_pass(causal_lm(base.module))
-    layout = (settings.packing, settings.row_length, settings.batch_size, settings.rows)
+    layout = (settings.packing, settings.row_length, settings.batch_size, rows)
     held_out = {label: one_pass(found.held_out, *layout) for label, found in data.items()}
 
     def evaluate(trained: Adapter) -> Mapping[str, float]:
@@ -234,7 +233,8 @@ def _train(
         values, sums, headlines = {}, np.zeros(2), []
         for label, found in data.items():
             source, task = held_out[label], found.predictor.task
-            parts = [loss_pass(trained, frozen, source[i]) for i in range(len(source))]
+            placed = (sharding.shard_rows(source[i], mesh, axis=1) for i in range(len(source)))
+            parts = [loss_pass(trained, frozen, batch) for batch in placed]
             total, weight = np.sum(jax.device_get(parts), axis=0)
             predictions = found.predictor.predict(variables, found.validation)
             metrics = task.metrics([p.value for p in predictions], found.validation)
@@ -259,15 +259,23 @@ def _train(
     checkpoints = Checkpoints(folder.checkpoints, settings.keep)
     with MetricsWriter(folder.metrics, folder.tensorboard) as writer:
         selection = fit(
-            new_state(trained, optimizer, dropout_key),
+            state,
             frozen,
-            make_train_step(loss, optimizer, schedule, labels),
-            iterate(plan, train, settings.rows),
+            make_train_step(loss, optimizer, schedule, labels, lies),
+            iterate(
+                plan,
+                train,
+                rows,
+                *sharding.row_share(mesh),
+                place=lambda batch: sharding.shard_rows(batch, mesh, axis=1, share=True),
+            ),
             evaluate,
             checkpoints,
             writer,
             options,
         )
     say(f"{'+'.join(data)}: best at step {selection.step} of {steps}")
-    best: Any = checkpoints.restore_best(jax.eval_shape(lambda t: t, trained))[0]
-    return lora.since(lora.join(best, fixed), start)
+    lies = sharding.whole(mesh)  # Every process reads all of it.
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), trained)
+    best: Any = checkpoints.restore_best(shapes)[0]
+    return lora.since(lora.join(best, sharding.gather(fixed, mesh)), start)

@@ -40,7 +40,10 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How the devices are laid out; see `sharding.RULES` for what is split over which axis."""
+    """How the devices are laid out; see `sharding.RULES` for what is split over which axis.
+
+    Rows are split over data, fsdp and expert.
+    """
 
     data: Size = -1
     """Copies of the model; -1: as many as there are devices for."""
@@ -175,7 +178,7 @@ class TrainingConfig:
     row_length: Positive = 512
     """Slots of a packed row; longer examples fall under `too_long`."""
     rows: Positive = 1
-    """Rows of a microbatch."""
+    """Rows of a microbatch on each of the devices that rows are split over."""
     packing: Literal["shared_prefix", "plain", "pad"] = "shared_prefix"
     too_long: Literal["drop", "truncate", "raise"] = "drop"
     """What becomes of examples longer than a row; truncate: input is cut, never answers."""

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ecomjax.models.layers import Linear
 from ecomjax.models.rope import rotate
+from ecomjax.sharding import constrain
 from ecomjax.typing import PADDING_SEGMENT, SHARED_SEGMENT, KVCache
 
 
@@ -327,10 +328,13 @@ def empty_cache(
     layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any
 ) -> KVCache:
     """A cache with no slot filled; memory is 2 L B S K H values."""
-    shape = (layers, batch, kv_heads, slots, head_dim)
+    shape, axes = (
+        (layers, batch, kv_heads, slots, head_dim),
+        (None, "batch", "kv_heads", None, None),
+    )
     return KVCache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
+        keys=constrain(jnp.zeros(shape, dtype), axes),
+        values=constrain(jnp.zeros(shape, dtype), axes),
         positions=jnp.zeros((batch, slots), jnp.int32),
         segment_ids=jnp.full((batch, slots), PADDING_SEGMENT, jnp.int32),
         length=jnp.zeros((), jnp.int32),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ecomjax.sharding import constrain
 from ecomjax.typing import FrozenKernel, ParamAxes, matmul
 
 
@@ -60,7 +61,7 @@ class Linear(nn.Module):
 
     Where the "lora" collection has an entry at this kernel's path, its leaf turns y into
     the adapted output; no merged weight is formed. The kernel may be a
-    `FrozenKernel`.
+    `FrozenKernel`. On a mesh y is split by rows and as the kernel's outputs are.
     """
 
     out: tuple[int, ...]
@@ -97,7 +98,8 @@ class Linear(nn.Module):
             init = declare(nn.initializers.zeros, self.axes[self.inputs :])
             bias: Any = self.param("bias", init, self.out, self.param_dtype)
             y = y + _broadcast(bias.reshape(-1).astype(self.dtype), y)
-        return y.reshape(*y.shape[:-1], *self.out)
+        y = y.reshape(*y.shape[:-1], *self.out)
+        return constrain(y, ("batch", None, *self.axes[self.inputs :]))
 
 
 class Embed(nn.Module):
@@ -126,7 +128,7 @@ class Embed(nn.Module):
         y = self.embedding[tokens].astype(self.dtype)
         if self.has_variable("lora", "embedding"):
             y = self.get_variable("lora", "embedding").look_up(tokens, y, adapter_index)
-        return y
+        return constrain(y, ("batch", None, "embed"))
 
     def attend(
         self, x: Float[Array, "*B D"], adapter_index: Int[Array, "B"] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,25 +12,42 @@ from ecomjax.adapters import lora
 from ecomjax.models.likelihood import likelihood_of_hidden
 from ecomjax.typing import Adapter, Batch, Params
 
+VariablesOf = Callable[[Any, dict[str, Params]], dict[str, Params]]
 
-def causal_lm(model: Any, groups: int = 0):
-    """The response-only loss of an adapter over a frozen base.
+
+def adapted(trained: Adapter, frozen: dict[str, Params]) -> dict[str, Params]:
+    """The variables of a model whose adapter alone is trained.
+
+    Args:
+        trained: see `adapters.lora.split`.
+        frozen: {"params": base, "fixed": constants of the adapter}.
+    """
+    return {"params": frozen["params"], "lora": lora.join(trained, frozen["fixed"])}
+
+
+def whole(trained: Params, frozen: dict[str, Params]) -> dict[str, Params]:
+    """The variables of a model that is trained in full; nothing of it is frozen."""
+    return {"params": trained, **frozen}
+
+
+def causal_lm(model: Any, groups: int = 0, variables_of: VariablesOf = adapted):
+    """The response-only loss.
 
     Args:
         model: a `models.decoder.Decoder`. If it has experts, their load-balance loss counts
             too in training, times the config's `balance_coefficient`, as if it were that of
             every target of the batch; outside training the loss is the likelihood's alone.
         groups: number of groups whose part of the loss is told; see `Batch.groups`.
+        variables_of: `adapted` or `whole`: what of the model is trained.
 
     Returns:
         loss(trained, frozen, batch, key) -> (sum of -log p(target) * weight, sum of
-        weights, aux), where frozen is {"params": base, "fixed": constants of the adapter}
-        and key is None outside training. aux is {} without groups, else "loss" (that sum
-        without load balance), "weight" and "examples", each [groups].
+        weights, aux), where key is None outside training. aux is {} without groups, else
+        "loss" (that sum without load balance), "weight" and "examples", each [groups].
     """
 
-    def loss(trained: Adapter, frozen: dict[str, Params], batch: Batch, key: jax.Array | None):
-        variables = {"params": frozen["params"], "lora": lora.join(trained, frozen["fixed"])}
+    def loss(trained: Any, frozen: dict[str, Params], batch: Batch, key: jax.Array | None):
+        variables = variables_of(trained, frozen)
         slots = (batch.tokens, batch.positions, batch.segment_ids)
         rngs = None if key is None else {"dropout": key}
         hidden, balance = model.apply(variables, *slots, rngs=rngs, method="with_balance")

@@ -21,6 +21,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     groups: Sequence[str] = (),
+    shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step over microbatches [M, B, T], accumulated by a scan.
 
@@ -33,6 +34,8 @@ def make_train_step(
         schedule: learning rate by step, told beside the loss.
         groups: names of the groups, for the metrics `loss/<name>` (NaN in a step without
             targets of it) and `examples/<name>`.
+        shardings: where the arrays of the state lie, before and after the step; see
+            `sharding.state_shardings`. None: on one device.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch):
@@ -75,7 +78,8 @@ def make_train_step(
         )
         return state, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    split: Any = {} if shardings is None else {"out_shardings": (shardings, None)}
+    return jax.jit(step, donate_argnums=0, **split)
 
 
 def make_loss_pass(loss: Loss) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:

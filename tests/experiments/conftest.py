@@ -35,6 +35,7 @@ SMALL = {
     "training.validation_examples": 6,
     "training.checkpoint_every": 2,
     "task.max_new_tokens": 8,
+    "mesh.data": 1,
     "evaluation.batch_size": 6,
     "evaluation.resamples": 50,
     "fewshot.shots": (0, 2),

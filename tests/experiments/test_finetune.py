@@ -84,7 +84,7 @@ def test_no_example_is_longer_than_the_model_knows_positions(make_config, tmp_pa
     """Tables of positions would give the last one for all that follow, in silence."""
     short = load_base(make_config("finetune").model)
     short = dataclasses.replace(short, config=dataclasses.replace(short.config, max_positions=64))
-    monkeypatch.setattr(finetune, "load_base", lambda _: short)
+    monkeypatch.setattr(finetune, "load_base", lambda *_: short)
     with pytest.raises(UserError, match="no example fits the window of 64 tokens"):
         finetune.run(make_config("finetune"), str(tmp_path))
 
