@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from ecomjax import trees
@@ -81,6 +81,12 @@ def use(mesh: Mesh) -> Any:
     return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
+def in_use() -> Any:
+    """The mesh in use, to programs that are written for all of it; else None."""
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.manual_axes else mesh
+
+
 def constrain(x: Array, names: Sequence[str | None]) -> Array:
     """The same values, split over the mesh in use as the logical axes of an activation say.
 
@@ -96,10 +102,10 @@ def constrain(x: Array, names: Sequence[str | None]) -> Array:
     """
     if len(names) != x.ndim:
         raise ValueError(f"axes {tuple(names)} of an activation of shape {x.shape}")
-    mesh: Any = jax.sharding.get_abstract_mesh()
+    mesh = in_use()
     split = [None if name in PARAMETERS_ALONE else name for name in names]
-    spec, _ = _spec("activation", split, x.shape, dict(mesh.shape))
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec)
+    spec, _ = _spec("activation", split, x.shape, {} if mesh is None else mesh.shape)
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, spec)
 
 
 class Fallback(NamedTuple):
@@ -119,7 +125,7 @@ class Fallback(NamedTuple):
 
 
 def specs(
-    axes: Params, shapes: Params, mesh: Mesh, most_replicated: int = 2**30
+    axes: Params, shapes: Params, mesh: Mesh | AbstractMesh, most_replicated: int = 2**30
 ) -> tuple[Params, list[Fallback]]:
     """How each parameter is split, and which axes are not, though `RULES` say so.
 
@@ -161,7 +167,9 @@ def specs(
     return trees.unflatten(flat), list(fallbacks)
 
 
-def adapter_specs(adapter: Adapter, axes: Params, shapes: Params, mesh: Mesh) -> Adapter:
+def adapter_specs(
+    adapter: Adapter, axes: Params, shapes: Params, mesh: Mesh | AbstractMesh
+) -> Adapter:
     """How each array of an adapter is split: as its kernel, along the axes that both have.
 
     Factors have the stack of the kernel; along its inputs (`a`) or outputs (`b`, magnitudes),
@@ -279,8 +287,13 @@ def gather(tree: Any, mesh: Mesh) -> Any:
 
 def row_parts(mesh: Mesh | None = None) -> int:
     """Over how many parts rows are split, by this mesh or the one in use; 1 without a mesh."""
-    sizes: Any = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
-    return math.prod(sizes.get(axis, 1) for axis in RULES["batch"] or ())
+    mesh = in_use() if mesh is None else mesh
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
+
+
+def rows_spec(rows: int) -> PartitionSpec:
+    """How so many rows are split over the mesh in use: not at all where they do not divide."""
+    return PartitionSpec(RULES["batch"]) if rows % row_parts() == 0 else PartitionSpec()
 
 
 def row_share(mesh: Mesh) -> tuple[int, int]:

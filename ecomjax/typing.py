@@ -289,6 +289,6 @@ def _by_row(values, like):
 
 
 def _expert_of_row(sizes, rows: int):
-    """The expert of each of the rows that lie expert by expert."""
-    numbers = jnp.arange(sizes.shape[0], dtype=jnp.int32)
-    return jnp.repeat(numbers, sizes, total_repeat_length=rows)
+    """The expert of each of the rows that lie expert by expert; E for those behind them."""
+    numbers = jnp.arange(rows, dtype=jnp.int32)
+    return jnp.searchsorted(jnp.cumsum(sizes), numbers, side="right").astype(jnp.int32)

@@ -99,7 +99,9 @@ def test_sharded_is_unsharded(config, mesh, batch):
     specs, _ = sharding.specs(axes, shapes, mesh)
     placed = sharding.shard_params(params, sharding.shardings(specs, mesh))
     rows = sharding.shard_rows(batch, mesh)
-    assert float(loss(placed, rows)) == pytest.approx(float(loss(params, batch)), rel=1e-5)
+    expected = float(loss(params, batch))
+    with sharding.use(mesh):
+        assert float(loss(placed, rows)) == pytest.approx(expected, rel=1e-5)
     assert trees.flatten(placed).keys() == trees.flatten(params).keys()
     for path, leaf in trees.flatten(placed).items():
         assert leaf.sharding.mesh == mesh, path
@@ -142,7 +144,8 @@ def test_training_loss_and_gradients(name, quantization, mesh, batch):
 
     expected, gradients = value_and_grad(params, adapter, batch)
     rows = sharding.shard_rows(batch, mesh)
-    value, grads = value_and_grad(placed, sharding.shard_params(adapter, by_adapter), rows)
+    with sharding.use(mesh):
+        value, grads = value_and_grad(placed, sharding.shard_params(adapter, by_adapter), rows)
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     for ours, exact in zip(jax.tree.leaves(grads), jax.tree.leaves(gradients), strict=True):
         assert np.abs(ours - exact).max() <= 1e-4 * np.abs(exact).max()
