@@ -213,13 +213,16 @@ def _commit(builder: Any) -> str:
 def _told(name: str, revision: str | None) -> Iterator[None]:
     """What can go wrong with the Hub, in one line."""
     import pyarrow as pa
+    import yaml
     from datasets.exceptions import DatasetsError
 
+    expected = (OSError, ValueError, RuntimeError, DatasetsError, pa.ArrowException, yaml.YAMLError)
     try:
         yield
-    except (OSError, ValueError, DatasetsError, pa.ArrowException) as error:
+    except expected as error:
         # OSError is what no network, offline mode and an unknown name or revision end in,
-        # ValueError a name that cannot be one, the others a damaged file.
+        # ValueError a name that cannot be one, RuntimeError a data set that comes as a program,
+        # YAMLError a head of its README that is none, the others a damaged file.
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"data set cannot be loaded ({reason})",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, MappingView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
 from types import GeneratorType
 from typing import Any, ClassVar
 
@@ -36,6 +36,7 @@ _MAX_NEEDLE = 1000
 """Longest string that another is searched for, or split at: some searches are quadratic."""
 _MAX_INDENT = 16
 _MAX_BITS = 10_000
+_ITEMS = list | tuple | KeysView | ValuesView | ItemsView
 
 _FILTERS = (
     *("abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first"),
@@ -233,9 +234,9 @@ def _size(value: Any) -> int:
     while waiting and total <= MAX_CHARACTERS:
         value = waiting.pop()
         total += 1
-        if isinstance(value, str | list | tuple | dict | MappingView):
+        if isinstance(value, str | dict | _ITEMS):
             total += len(value)
-        if isinstance(value, list | tuple | MappingView) and total <= MAX_CHARACTERS:
+        if isinstance(value, _ITEMS) and total <= MAX_CHARACTERS:
             waiting.extend(value)
         elif isinstance(value, dict) and total <= MAX_CHARACTERS:
             waiting.extend(value.items())

@@ -115,7 +115,7 @@ def test_given_splits_are_kept(hub, source):
         source().rows("esci", "train")
 
 
-def test_offline_is_one_clear_line(source):
+def test_f44_offline_is_one_clear_line(source):
     """`datasets` itself is asked, which finds that tests are offline."""
     with pytest.raises(UserError) as error:
         source().rows("esci", "train")
@@ -174,3 +174,19 @@ class TestMirror:
         (folder / "test.jsonl").write_bytes(b'{"example_id": 1}\n{"exam')
         with pytest.raises(UserError, match=r"data set cannot be loaded .*mirror@newest"):
             source({"esci": str(folder)}).rows("esci", "test")
+
+    def test_f46_a_program_in_it_never_runs(self, source, mirror):
+        folder, _ = mirror
+        (folder / "mirror.py").write_text("raise SystemExit('imported')")
+        with pytest.raises(UserError, match=r"scripts are no longer supported.*mirror@newest"):
+            source({"esci": str(folder)}).rows("esci", "test")
+
+    @pytest.mark.parametrize("file", ["README.md", ".huggingface.yaml"])
+    @pytest.mark.parametrize("value", ["!!python/object/apply:os.mkdir [{}]", "["])
+    def test_f49_yaml_of_it_makes_no_object(self, source, mirror, tmp_path, file, value):
+        folder, _ = mirror
+        text = f"configs: {value.format(tmp_path / 'made')}\n"
+        (folder / file).write_text(f"---\n{text}---\n" if file == "README.md" else text)
+        with pytest.raises(UserError, match=r"data set cannot be loaded .*mirror@newest"):
+            source({"esci": str(folder)}).rows("esci", "test")
+        assert not (tmp_path / "made").exists()

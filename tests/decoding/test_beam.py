@@ -75,7 +75,7 @@ def assert_found(results, expected, options):
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
-def test_search_is_the_naive_one(tiny, variables, prompts, naive, ends, penalty):
+def test_f37_search_is_the_naive_one(tiny, variables, prompts, naive, ends, penalty):
     """For answers that end first, later or never, and some that no greedy choice leads to."""
     lengths, greedy = set(), 0
     for end in ends:
@@ -132,7 +132,9 @@ def test_answers_depend_on_no_neighbour(tiny, variables, prompts, ends, batch_si
     assert sum(done) == len(prompts) + 1
 
 
-def test_the_search_stops_when_nothing_can_improve(tiny, variables, prompts, watched, naive, ends):
+def test_f37_the_search_stops_when_nothing_can_improve(
+    tiny, variables, prompts, watched, naive, ends
+):
     """And compiles nothing anew for other prompts of a bucket."""
     model, count = watched(tiny.config)
     options = BeamOptions(NEW, ends[0], beams=2, length_penalty=0.0)

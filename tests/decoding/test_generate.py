@@ -48,7 +48,7 @@ def assert_naive(results, naive, end):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_greedy_is_the_naive_loop(tiny, variables, prompts, naive, end, batch_size):
+def test_f37_greedy_is_the_naive_loop(tiny, variables, prompts, naive, end, batch_size):
     """For prompts of mixed lengths in any batch, with answers that end first, later or never."""
     done = []
     options = GenerateOptions(NEW, end, batch_size)
@@ -59,7 +59,7 @@ def test_greedy_is_the_naive_loop(tiny, variables, prompts, naive, end, batch_si
     assert sum(done) == len(prompts)
 
 
-def test_the_common_prefix_changes_nothing(tiny, variables, prompts, naive, end):
+def test_f37_the_common_prefix_changes_nothing(tiny, variables, prompts, naive, end):
     """Beside prompts that share no token with the rest: of one token, and of another bucket."""
     options = GenerateOptions(NEW, end, len(prompts) + 2)
     results = generate(tiny.model, variables, [*prompts, [3], [4] * 40], options)
@@ -87,7 +87,7 @@ def test_draws_depend_on_seed_and_place_alone(tiny, variables, prompts):
     assert len(set(same)) > 1
 
 
-def test_decoding_stops_when_all_rows_have_ended(tiny, variables, prompts, watched, naive):
+def test_f37_decoding_stops_when_all_rows_have_ended(tiny, variables, prompts, watched, naive):
     """And compiles nothing anew for other lengths of a bucket, prompts or seeds."""
     answers, _ = naive
     row = next(i for i, answer in enumerate(answers) if answer[2] not in answer[:2])
@@ -118,7 +118,7 @@ def test_refusals(tiny, variables):
         run([[1]], temperature=-1.0)
 
 
-def test_a_prompt_may_fill_the_window(tiny, variables, prompts, naive, end):
+def test_f37_a_prompt_may_fill_the_window(tiny, variables, prompts, naive, end):
     """Longest prompt and answer together take the window to the last slot."""
     longest = max(map(len, prompts))
     options = GenerateOptions(NEW, end, 16, window=longest + NEW)

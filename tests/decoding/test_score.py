@@ -35,14 +35,14 @@ def score(tiny, prompts, labels=LABELS, batch_size=16, window=64, **options):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_equals_one_forward_a_label(tiny, prompts, naive, batch_size):
+def test_f35_equals_one_forward_a_label(tiny, prompts, naive, batch_size):
     done = []
     scores = score(tiny, prompts, batch_size=batch_size, on_done=done.append)
     np.testing.assert_allclose(scores, naive, rtol=1e-5, atol=1e-5)
     assert sum(done) == len(prompts)
 
 
-def test_probabilities_of_labels_that_open_alike(tiny, prompts, naive):
+def test_f38_probabilities_of_labels_that_open_alike(tiny, prompts, naive):
     """The end token makes them exclusive: their shares are those of brute force, and sum to 1."""
 
     def shares(scores):

@@ -12,8 +12,10 @@ from ecomjax.data.sources import Row, SyntheticSource
 from ecomjax.data.store import Sizes
 from ecomjax.errors import UserError
 from ecomjax.evaluation.predict import Predictor
+from ecomjax.metrics.calibration import probabilities
 from ecomjax.tasks.base import Invalid
 from ecomjax.tasks.esci import LABELS, Esci
+from ecomjax.tasks.instruction import Instruction
 from ecomjax.tasks.queryner import QueryNer
 
 END = 2
@@ -129,8 +131,37 @@ def test_a_label_is_chosen_by_its_likelihood(make, variables, tiny):
     assert sum(done) == 3
 
 
+class Bytes(Words):
+    """Two tokens for each byte of UTF-8: labels that open alike share their first tokens."""
+
+    def encode(self, text):
+        return [half + 3 for byte in text.encode() for half in divmod(byte, 16)]
+
+
+def test_f38_shares_of_labels_that_open_alike(make, variables, tiny):
+    """One a prefix of another, some with the same first token, some beyond ASCII."""
+    labels = ("Substitute", "Substitutes", "Süß", "Suß", "代替品", "代替")
+    row = {"instruction": "Which?", "input": "a", "output": labels[0]}
+    task = Instruction(score="label", labels=labels)
+    predictor = make(task, tokenizer=Bytes(), prompt_format="alpaca")
+    example = task.example(Row(row, "here"))
+    (found,) = predictor.predict(variables, [example])
+    prompt, expected = predictor.prompt(example), []
+    assert len({predictor.answer(label)[:1] for label in labels}) == 2
+    for label in labels:
+        answer = predictor.answer(label)
+        logits = tiny.logits(np.array([[*prompt, *answer]], np.int32))[0, len(prompt) - 1 : -1]
+        log_p = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+        expected.append(log_p[np.arange(len(answer)), list(answer)].sum())
+    shares = probabilities(np.array([[found.scores[label] for label in labels]]))[0]
+    brute_force = np.exp(expected) / np.exp(expected).sum()
+    np.testing.assert_allclose(shares, brute_force, rtol=1e-5, atol=1e-9)
+    assert shares.sum() == pytest.approx(1, abs=1e-12)
+    assert found.value == labels[int(brute_force.argmax())]
+
+
 @pytest.mark.parametrize("method", ["likelihood", "generate"])
-def test_answers_do_not_depend_on_order_or_batch(make, variables, method):
+def test_f35_answers_do_not_depend_on_order_or_batch(make, variables, method):
     task, examples = Esci(), examples_of(Esci())
     shown = task.load(SyntheticSource(0, Sizes(3, 3, 6)), "train")[:1]
 

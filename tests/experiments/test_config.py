@@ -94,7 +94,7 @@ def test_an_int_will_do_for_a_float_but_nothing_else_for_anything():
         ("training.seed", True, "config.training.seed", "type int"),
     ],
 )
-def test_a_mistake_is_told_with_its_path(path, value, where, told):
+def test_f49_a_mistake_is_told_with_its_path(path, value, where, told):
     with pytest.raises(UserError) as caught:
         from_config(changed(plain(), path, value))
     assert caught.value.where == where

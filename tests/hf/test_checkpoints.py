@@ -137,7 +137,7 @@ def test_nowhere(preset):
     assert "\n" not in str(error.value)
 
 
-def test_offline_is_quick(monkeypatch, tmp_path):
+def test_f44_offline_is_quick(monkeypatch, tmp_path):
     """The real library under HF_HUB_OFFLINE, with an empty cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     start = time.monotonic()
@@ -163,7 +163,7 @@ def test_offline_is_quick(monkeypatch, tmp_path):
         "x" * 4096,
     ],
 )
-def test_names_are_checked_first(name, folder):
+def test_f45_names_are_checked_first(name, folder):
     with pytest.raises(UserError, match="is not allowed") as error:
         load_pretrained(name, str(folder))
     assert len(str(error.value)) < 300
@@ -218,7 +218,7 @@ def test_config_of_another_model(folder, field, value, message):
         load_pretrained("tiny", str(folder))
 
 
-def test_code_in_the_folder_never_runs(folder):
+def test_f46_code_in_the_folder_never_runs(folder):
     fields = json.loads((folder / "config.json").read_text())
     fields["auto_map"] = {"AutoModelForCausalLM": "evil.Evil"}
     (folder / "config.json").write_text(json.dumps(fields))

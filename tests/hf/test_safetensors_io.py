@@ -217,7 +217,7 @@ def test_index_and_shards_must_agree(tmp_path, weight_map, message):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pkl", "w.npy"])
-def test_pickles_are_refused(tmp_path, name):
+def test_f47_pickles_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x80\x04.")
     with pytest.raises(UserError, match="convert them to safetensors"):
         SafetensorsFolder(tmp_path)

@@ -33,7 +33,7 @@ def count_primitives(jaxpr, counts=None):
     return counts
 
 
-def test_scan_is_the_unrolled_model(make_llama, tokens):
+def test_f36_scan_is_the_unrolled_model(make_llama, tokens):
     assert_close(make_llama(scan=False).logits(tokens), make_llama().logits(tokens), 1e-6)
 
 
@@ -64,7 +64,7 @@ def test_remat_recomputes_what_it_says(make_llama, tokens, scan):
     assert activations["none"] < activations["dots"] == activations["full"]
 
 
-def test_remat_changes_no_number(make_llama, tokens):
+def test_f36_remat_changes_no_number(make_llama, tokens):
     def value_and_grad(remat):
         tiny = make_llama(remat=remat)
         return jax.jit(jax.value_and_grad(loss_of(tiny.model, tokens)))(tiny.params)
@@ -133,7 +133,7 @@ def test_a_prefix_stands_before_every_row(make_llama, tokens, scan):
         assert_close(logits, expected)
 
 
-def test_padding_changes_nothing(make_llama, tokens):
+def test_f35_padding_changes_nothing(make_llama, tokens):
     """Whatever stands in padding slots, on the right, on the left or on both sides."""
     tiny, length, noise = make_llama(), 8, RNG.integers(0, 61, (B, T)).astype(np.int32)
     expected = tiny.logits(tokens)[:, :length]

@@ -8,6 +8,7 @@ from ecomjax.adapters import lora
 from ecomjax.adapters.rules import LoraRule
 from ecomjax.data.encoded import Encoded, EncodedSet, shared_prefix
 from ecomjax.data.packing import assemble, make_plan
+from ecomjax.models.likelihood import token_log_likelihood
 from ecomjax.training.losses import causal_lm
 
 PACKINGS = ("shared_prefix", "plain", "pad")
@@ -59,6 +60,11 @@ def run(tiny):
 
 def pack(sequences, packing):
     """One step of all sequences, in seven rows however few they fill."""
+    return lay_out(sequences, packing)[1]
+
+
+def lay_out(sequences, packing):
+    """Which sequences stand in each row of that step, and the step."""
     made = EncodedSet.of(sequences)
     plan = make_plan(
         made.lengths,
@@ -69,7 +75,8 @@ def pack(sequences, packing):
         batch_size=7,
         rows_multiple=7,
     )
-    return assemble(plan.step(0), made, plan)
+    rows = plan.step(0)
+    return rows, assemble(rows, made, plan)
 
 
 def test_counts_answers_token_by_token(tiny, run, sequences):
@@ -87,7 +94,7 @@ def test_counts_answers_token_by_token(tiny, run, sequences):
     assert float(total) == pytest.approx(expected, rel=1e-5)
 
 
-def test_packing_changes_neither_loss_nor_gradient(run, sequences):
+def test_f35_packing_changes_neither_loss_nor_gradient(run, sequences):
     packed = {packing: pack(sequences, packing) for packing in PACKINGS}
     used = {packing: int((b.segment_ids != 0).any(axis=1).sum()) for packing, b in packed.items()}
     assert used["shared_prefix"] < used["plain"] < used["pad"] == 7
@@ -102,6 +109,35 @@ def test_packing_changes_neither_loss_nor_gradient(run, sequences):
                 ours, exact = getattr(leaf, name), getattr(theirs[path], name)
                 assert np.linalg.norm(exact) > 0
                 assert np.linalg.norm(ours - exact) <= 5e-5 * np.linalg.norm(exact), (path, name)
+
+
+def test_f35_an_example_costs_the_same_however_it_is_laid_out(tiny, run, sequences):
+    """Packed three ways, padded on the left, and in a batch of its own."""
+    variables = jax.tree.map(jnp.asarray, {"params": tiny.params, "lora": run.adapter})
+    likelihood = jax.jit(lambda batch: token_log_likelihood(tiny.model, variables, batch))
+
+    def costs(rows, batch):
+        values = np.asarray(likelihood(jax.tree.map(jnp.asarray, batch)))
+        return {
+            example: -values[row][batch.segment_ids[row] == place + 1].sum()
+            for row, examples in enumerate(rows)
+            for place, example in enumerate(examples)
+        }
+
+    rows, padded = lay_out(sequences, "pad")
+    left = (padded.segment_ids == 0).sum(axis=1)
+    to_the_right = jax.tree.map(
+        lambda x: np.stack([np.roll(row, n) for row, n in zip(x, left, strict=True)]), padded
+    )
+    assert (to_the_right.segment_ids[:, -1] == 1).all() and left.min() > 0
+    alone = {}
+    for i, row in enumerate(rows):
+        alone |= costs([row], jax.tree.map(lambda x, i=i: x[i : i + 1], padded))
+    laid_out = {packing: lay_out(sequences, packing) for packing in PACKINGS}
+    found = [*(costs(*each) for each in laid_out.values()), costs(rows, to_the_right)]
+    assert len(alone) == len(sequences) and min(alone.values()) > 1
+    for each in found:
+        assert each == pytest.approx(alone, rel=1e-5)
 
 
 def test_weights_weigh(run, sequences):

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,7 +116,7 @@ def test_empty_microbatches_are_skipped(rows):
     assert np.isfinite(state.trained["w"]).all()
 
 
-def test_accumulation_of_a_model(make_llama, rows):
+def test_f34_accumulation_of_a_model(make_llama, rows):
     """8 x 1, 1 x 8 and 2 x 4 rows: loss within 1e-6, every gradient within 5e-5 of its norm."""
     tiny, rng = make_llama(layers=2), np.random.default_rng(1)
     _, adapter = lora.init(tiny.params, tiny.axes, [LoraRule(rank=3)], jax.random.key(0))
@@ -137,6 +139,67 @@ def test_accumulation_of_a_model(make_llama, rows):
                 ours, exact = getattr(others[path], name), getattr(leaf, name)
                 assert np.linalg.norm(exact) > 0
                 assert np.linalg.norm(ours - exact) <= 5e-5 * np.linalg.norm(exact)
+
+
+WAYS = {
+    "remat": {"remat": "full"},
+    "unrolled, with remat of dots": {"scan": False, "remat": "dots"},
+    "nothing donated": {"donate": False},
+}
+
+
+@pytest.fixture(scope="module")
+def stepped(make_llama, rows):
+    """Function (changes of how a step is run) -> loss, and trained parameters a layer."""
+
+    @functools.cache
+    def run(scan=True, remat="none", donate=True):
+        tiny, rng = make_llama(layers=2, scan=scan, remat=remat), np.random.default_rng(1)
+        stacked = make_llama(layers=2)
+        _, adapter = lora.init(stacked.params, stacked.axes, [LoraRule(rank=3)], jax.random.key(0))
+        adapter = jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape, np.float32), adapter)
+        if not scan:
+            adapter = trees.unstack_layers(adapter)
+        trained, fixed = lora.split(adapter)
+        frozen = jax.tree.map(jnp.asarray, {"params": tiny.params, "fixed": fixed})
+        step = make_train_step(causal_lm(tiny.model), optax.sgd(1.0), slope)
+        if not donate:
+            step = jax.jit(step.__wrapped__)
+        state = new_state(jax.tree.map(jnp.array, trained), optax.sgd(1.0), jax.random.key(0))
+        before = jax.tree.leaves(state.trained)
+        state, metrics = step(state, frozen, cut(rows, 2))
+        assert all(leaf.is_deleted() == donate for leaf in before)
+        moved = jax.tree.map(lambda new, old: np.asarray(new - old), state.trained, trained)
+        return float(metrics["loss"]), moved if scan else trees.stack_layers(moved)
+
+    return run
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_f36_a_step_does_the_same_however_it_is_run(stepped, way):
+    loss, moved = stepped()
+    other_loss, others = stepped(**WAYS[way])
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    expected, found = trees.flatten(moved), trees.flatten(others)
+    assert found.keys() == expected.keys()
+    for path, leaf in expected.items():
+        for name in ("a", "b"):
+            ours, exact = getattr(found[path], name), getattr(leaf, name)
+            assert np.linalg.norm(ours - exact) <= 5e-6 * np.linalg.norm(exact) > 0, (path, name)
+
+
+def test_f36_a_loss_is_the_same_op_by_op(make_llama, rows):
+    """And so is a step of the toy, whose gradient has few operations to compile one by one."""
+    tiny = make_llama(layers=2)
+    params = jax.tree.map(jnp.asarray, tiny.params)
+    arguments = ({}, {"params": params, "fixed": {}}, cut(rows, 1))
+    pass_ = make_loss_pass(causal_lm(tiny.model))
+    compiled = pass_(*arguments), run_toy(cut(rows, 2))
+    with jax.disable_jit():
+        found = pass_(*arguments), run_toy(cut(rows, 2))
+    assert float(compiled[0][0]) > 1
+    for ours, expected in zip(*map(jax.tree.leaves, (found, compiled)), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
 def test_traced_once(rows):
