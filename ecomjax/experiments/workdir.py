@@ -31,6 +31,7 @@ from ecomjax import __version__
 from ecomjax.errors import UserError
 from ecomjax.experiments.config import to_dict, to_json
 from ecomjax.experiments.files import cannot_write, jsonable, read_json, write_json, write_text
+from ecomjax.experiments.redaction import redacted
 
 PACKAGES = (
     "jax",
@@ -116,7 +117,7 @@ class Workdir:
         now = time.time()
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
         run.setdefault("run_id", f"{stamp}-{uuid.uuid4().hex[:12]}")
-        start = {"time": stamp, "command": sys.argv} | machine() | jsonable(facts)
+        start = {"time": stamp, "command": redacted(sys.argv)} | machine() | jsonable(facts)
         write_json(self.run, run | {"starts": [*run.get("starts", []), start]})
         return run["run_id"]
 

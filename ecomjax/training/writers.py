@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,11 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Appends a line of JSON for each step told, and its finite numbers to TensorBoard."""
+    """Appends a line of JSON for each step told, and its finite numbers to TensorBoard.
+
+    TensorBoard shows what the file holds: where it cannot be written, that is told once and
+    only the file goes on.
+    """
 
     def __init__(self, file: str | Path, tensorboard: str | Path | None = None):
         """Opens the file behind what it already holds.
@@ -39,11 +45,9 @@ class MetricsWriter:
         told = {name: float(x) if math.isfinite(x) else None for name, x in values.items()}
         self._lines.write(json.dumps({"step": step} | told) + "\n")
         self._lines.flush()
-        if self.tensorboard is not None:
-            events = self._open_events(self.tensorboard)
-            for name, number in told.items():
-                if number is not None:  # tensorboardX would warn of each
-                    events.add_scalar(name, number, step)
+        with self._optional():
+            if self.tensorboard is not None:
+                self._show(self.tensorboard, step, told)
 
     def cut_back(self, step: int) -> None:
         """Drops what was told beyond the step that training resumes from."""
@@ -54,8 +58,25 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._lines.close()
-        if self._events is not None:
-            self._events.close()
+        with self._optional():
+            if self._events is not None:
+                self._events.close()
+
+    @contextlib.contextmanager
+    def _optional(self) -> Iterator[None]:
+        """Whatever fails here is told, and not tried again."""
+        try:
+            yield
+        except Exception as error:  # Of a package that is missing, a disk, a protocol.
+            logger.warning(
+                "no TensorBoard from here on (%s): %s; %s has all numbers",
+                " ".join(str(error).split())[:200] or type(error).__name__,
+                self.tensorboard,
+                self.file,
+            )
+            with contextlib.suppress(Exception):
+                self._events.close()
+            self.tensorboard = self._events = None
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -84,12 +105,35 @@ class MetricsWriter:
                 os.fsync(file.fileno())
             os.replace(temporary, self.file)
 
-    def _open_events(self, folder: str | Path) -> Any:
-        if self._events is None:
-            from tensorboardX import SummaryWriter
+    def _show(self, folder: str | Path, step: int, told: Mapping[str, float | None]) -> None:
+        """Writes the numbers of a step for TensorBoard.
 
-            self._events = SummaryWriter(str(folder), purge_step=self._purge_step)
-        return self._events
+        Not through a `SummaryWriter`: its thread dies of a full disk, and its queue then blocks
+        for ever.
+        """
+        from tensorboardX.proto import event_pb2, summary_pb2
+        from tensorboardX.record_writer import RecordWriter
+
+        events: Any = event_pb2
+        summaries: Any = summary_pb2
+        made = [events.Event(step=step, wall_time=time.time(), summary=summaries.Summary())]
+        made[0].summary.value.extend(
+            summaries.Summary.Value(tag=name, simple_value=number)
+            for name, number in told.items()
+            if number is not None
+        )
+        if self._events is None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            # Two starts within a second would else give their files one name, and lose the first.
+            name = f"events.out.tfevents.{int(time.time())}.{uuid.uuid4().hex[:8]}"
+            self._events = RecordWriter(str(Path(folder) / name))
+            if self._purge_step is not None:
+                start = events.SessionLog(status=events.SessionLog.START)
+                made.insert(0, events.Event(step=self._purge_step, session_log=start))
+            made.insert(0, events.Event(wall_time=time.time(), file_version="brain.Event:2"))
+        for event in made:
+            self._events.write(event.SerializeToString())
+        self._events.flush()
 
 
 class Progress:

@@ -1,6 +1,7 @@
 """A base so small that whole experiments run in seconds: a folder to give as model.path."""
 
 import contextlib
+import socket
 
 import jax
 import numpy as np
@@ -119,13 +120,23 @@ def make_config(tiny_base):
 
 @contextlib.contextmanager
 def _as_in_production():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+    tried = []
+
+    def refuse(*target):
+        tried.append(target)
+        raise OSError("no network")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        patch.setattr(socket, "getaddrinfo", refuse)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            yield
+    assert not tried, f"something asked the network for {tried}"
 
 
 @pytest.fixture(scope="session")
 def as_in_production():
-    """Context in which whole experiments run: optax mixes dtypes and ranks."""
+    """Context in which whole experiments run: without a network, and optax mixes dtypes."""
     return _as_in_production
 
 

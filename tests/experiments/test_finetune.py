@@ -1,6 +1,9 @@
 import collections
+import contextlib
 import dataclasses
 import json
+import socket
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from ecomjax.hf.peft import read_adapter
 from ecomjax.training.checkpoint import Checkpoints
 
 STEPS = 12
+SECRETS = ("of-the-model-hub-7f3a", "of-the-tracker-91bc", "of-the-proxy-55de")
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +45,32 @@ def train(as_in_production):
 def trained(config, train, tmp_path_factory):
     """A finished run; tests must leave it as it is."""
     folder = tmp_path_factory.mktemp("runs") / "esci"
-    train(config, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", SECRETS[0])
+        patch.setenv("WANDB_API_KEY", SECRETS[1])
+        command = ["train", f"--note={SECRETS[0]}", f"--tracker=https://me:{SECRETS[2]}@host"]
+        patch.setattr(sys, "argv", command)
+        train(config, folder)
     return folder
+
+
+def test_f44_local_paths_need_no_network(trained, tiny_base, as_in_production):
+    """What is run as in production may not even ask for one."""
+    assert (trained / "adapter" / "adapter_model.safetensors").exists()
+    assert read_json(trained / "run.json")["starts"][0]["base"]["path"] == str(tiny_base)
+    with pytest.raises(AssertionError, match=r"asked the network .*huggingface\.co"):
+        with as_in_production(), contextlib.suppress(OSError):
+            socket.create_connection(("huggingface.co", 443))
+
+
+def test_f50_no_file_of_a_run_holds_a_secret(trained):
+    files = [path for path in trained.rglob("*") if path.is_file()]
+    assert {"run.json", "metrics.jsonl", "config.json"} <= {path.name for path in files}
+    for path in files:
+        content = path.read_bytes()
+        assert not [secret for secret in SECRETS if secret.encode() in content], path
+    command = read_json(trained / "run.json")["starts"][0]["command"]
+    assert command == ["train", "--note=[hidden]", "--tracker=https://[hidden]@host"]
 
 
 def test_the_run_folder_says_what_was_run(config, trained, tiny_base):

@@ -1,7 +1,9 @@
+import errno
 import io
 import json
 import logging
 import math
+import sys
 
 import pytest
 
@@ -95,6 +97,39 @@ def test_no_event_file_without_numbers(tmp_path):
     with MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard"):
         pass
     assert not (tmp_path / "tensorboard").exists()
+
+
+def a_file_in_its_place(folder, monkeypatch):
+    folder.write_text("")
+
+
+def no_package(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX.record_writer", None)
+
+
+def a_full_disk(folder, monkeypatch):
+    from tensorboardX.record_writer import RecordWriter
+
+    flushes = iter([True, True])
+
+    def flush(_):
+        if not next(flushes, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "flush", flush)
+
+
+@pytest.mark.parametrize("fail", [a_file_in_its_place, no_package, a_full_disk])
+def test_f50_without_tensorboard_the_file_goes_on(tmp_path, monkeypatch, caplog, fail):
+    """It is told once, and never waited for: more steps than any queue holds are written."""
+    fail(tmp_path / "tensorboard", monkeypatch)
+    with MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard") as writer:
+        for step in range(1, 31):
+            writer.write(step, {"loss": 1.0})
+    assert [r["step"] for r in records(tmp_path / "metrics.jsonl")] == list(range(1, 31))
+    (told,) = caplog.records
+    assert told.message.startswith("no TensorBoard from here on (")
+    assert "metrics.jsonl has all numbers" in told.message
 
 
 class Clock:
