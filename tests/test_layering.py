@@ -31,6 +31,9 @@ MAY_IMPORT["experiments"] = ROOMS - {"launch", "configs"}
 OUTSIDE_ONLY_IN = {
     "ml_collections": ("configs/", "launch/", "ecomjax/experiments/config.py"),
     "orbax": ("ecomjax/training/checkpoint.py",),
+    # Formats that can hold programs; of YAML, what a library raises where it meets one.
+    "yaml": ("ecomjax/data/hub.py",),
+    **dict.fromkeys(("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"), ()),
     "jax._src": (),
     "flax.core.scope": (),
 }
@@ -38,6 +41,11 @@ OUTSIDE_NEVER_IN = {
     "ecomjax/metrics/": ("jax", "flax"),
     "configs/": ("jax", "flax"),
 }
+NEVER_CALLED = (
+    *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.execv", "pickle.load"),
+    *("torch.load", "runpy.run_path", "yaml.load", "yaml.unsafe_load", "yaml.full_load"),
+)
+"""What would run text as a program, or as a command of a shell."""
 LAZY = (
     *("datasets", "gguf", "matplotlib", "pyarrow", "rouge_score", "sacrebleu", "scipy"),
     *("sentencepiece", "seqeval", "sklearn", "tensorboardX", "torch", "transformers"),
@@ -101,6 +109,20 @@ def faults(path: str, source: str) -> list[str]:
     return found
 
 
+def programs_from_text(path: str, source: str) -> list[str]:
+    """Where code runs text that it was given: as Python, in a shell, or as a model's own code."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            named = {word.arg: word.value for word in node.keywords}
+            trusting = ("shell", "trust_remote_code", "allow_pickle")
+            asked = [w for w in trusting if w in named and ast.unparse(named[w]) != "False"]
+            called = ast.unparse(node.func)
+            if called in NEVER_CALLED or asked:
+                found.append(f"{path}:{node.lineno}: {called}({', '.join(asked)})")
+    return found
+
+
 def modules() -> list[Path]:
     folders = ("ecomjax", "configs", "launch")
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
@@ -113,6 +135,33 @@ def test_every_import_goes_in_the_allowed_direction():
         for fault in faults(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
     ]
     assert not found, "\n".join(found)
+
+
+def test_f45_no_text_is_run_as_a_program_or_in_a_shell():
+    found = [
+        fault
+        for path in modules()
+        for fault in programs_from_text(
+            path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+        )
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "eval(text)",
+        "os.system(f'ls {name}')",
+        "subprocess.run(line, shell=True)",
+        "AutoConfig.from_pretrained(name, trust_remote_code=trust)",
+        "np.load(file, allow_pickle=True)",
+        "torch.load(file, weights_only=True)",
+    ],
+)
+def test_a_program_from_text_is_caught(source):
+    assert programs_from_text("x.py", source)
+    assert not programs_from_text("x.py", "subprocess.run(['ls', name]); re.compile(name)")
 
 
 def test_every_room_is_in_the_table():

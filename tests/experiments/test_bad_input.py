@@ -146,6 +146,14 @@ MISTAKES = {
         lambda get: {"model.path": "", "model.name": "smollm9"},
         ["unknown model 'smollm9'", "configs/models.py", "smollm3_3b"],
     ),
+    "a model of the Hub, offline": (
+        lambda get: {"model.path": "", "model.name": "owner/name"},
+        ["'owner/name' is neither reachable on the Hub nor in its cache", "local folder as path"],
+    ),
+    "a model name that leads elsewhere": (
+        lambda get: {"model.path": "", "model.name": "../../x"},
+        ["model name '../../x' is not allowed", "owner/name on the Hub"],
+    ),
     "unknown task": (lambda get: {"task.name": "sentiment"}, ["unknown task 'sentiment'", "esci"]),
 }
 

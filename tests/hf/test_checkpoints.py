@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import sys
 import time
 
@@ -218,13 +219,48 @@ def test_config_of_another_model(folder, field, value, message):
         load_pretrained("tiny", str(folder))
 
 
-def test_f46_code_in_the_folder_never_runs(folder):
+def test_f46_code_in_the_folder_never_runs(config, folder):
+    """Nor do keys that name some: of config.json they are refused unless known to say nothing."""
+    auto_map = {"AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    code = {"auto_map": auto_map, "trust_remote_code": True, "tokenizer_class": "evil.Evil"}
+    for name, added in (
+        ("config.json", {"auto_map": auto_map}),
+        ("tokenizer_config.json", code),
+        ("generation_config.json", code),
+    ):
+        fields = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(fields | added))
+    for name in ("evil", "modeling_llama", "configuration_llama", "tokenization", "__init__"):
+        (folder / f"{name}.py").write_text("raise SystemExit('imported')")
+    before = set(sys.modules)
+    assert load_pretrained("tiny", str(folder)).config == config
+    assert not [name for name in set(sys.modules) - before if "evil" in name or "llama" in name]
     fields = json.loads((folder / "config.json").read_text())
-    fields["auto_map"] = {"AutoModelForCausalLM": "evil.Evil"}
-    (folder / "config.json").write_text(json.dumps(fields))
-    (folder / "evil.py").write_text("raise SystemExit('imported')")
-    load_pretrained("tiny", str(folder))
-    assert "evil" not in sys.modules
+    for key in ("_attn_implementation_internal", "custom_pipelines", "trust_remote_code"):
+        (folder / "config.json").write_text(json.dumps(fields | {key: "evil.Evil"}))
+        with pytest.raises(UserError, match=f"unknown config field '{key}'"):
+            load_pretrained("tiny", str(folder))
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pt", "model.pth", "weights.pkl", "weights.npy"]
+)
+def test_f47_weights_that_can_hold_programs_are_refused(folder, name):
+    """With the way to convert them, and without being opened."""
+    made = folder.parent / "made"
+    (folder / "model.safetensors").unlink()
+
+    class Program:
+        def __reduce__(self):
+            return os.mkdir, (str(made),)
+
+    if name.endswith(".npy"):
+        np.save(folder / name, np.array([Program()], dtype=object), allow_pickle=True)
+    else:
+        (folder / name).write_bytes(pickle.dumps(Program()))
+    with pytest.raises(UserError, match="convert them to safetensors"):
+        load_pretrained("tiny", str(folder))
+    assert not made.exists()
 
 
 def test_fingerprint_is_of_the_weights(config, params, folder):
