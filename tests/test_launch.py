@@ -103,6 +103,19 @@ def test_a_mistake_is_one_line_and_status_2(main, arguments, told):
     assert told in err
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["!!python/object/apply:os.mkdir ['{}']", "(__import__('os').mkdir('{}'),)", "(" * 5000],
+    ids=["yaml", "python", "nested"],
+)
+def test_f49_an_override_is_a_value_and_no_program(tmp_path, value):
+    made = tmp_path / "made"
+    flags = [f"--workdir={tmp_path / 'w'}", f"--config.weights={value.format(made)}"]
+    _, err = call("merge", MERGED, *flags, status=2)
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert "config.weights" in err and not made.exists()
+
+
 def call_with(body, *arguments, status):
     """Runs the shared main with a stand-in for the experiment."""
     code = (

@@ -110,7 +110,7 @@ def _convert_checked(value: Any, wanted: Any, check: Interval | Regex | Filled, 
     if isinstance(check, Regex):
         try:
             re.compile(value)
-        except re.error as error:
+        except (re.error, RecursionError) as error:
             raise UserError(
                 f"bad regular expression {value!r} ({error})", path, "mend the expression"
             ) from error

@@ -77,6 +77,7 @@ def test_an_int_will_do_for_a_float_but_nothing_else_for_anything():
         ("adapter.dropout", 1.0, "config.adapter.dropout", "[0, 1)"),
         ("adapter.targets", "q", "config.adapter.targets", "type tuple"),
         ("adapter.targets", ["(q"], "config.adapter.targets[0]", "regular expression"),
+        ("adapter.targets", ["(" * 5000], "config.adapter.targets[0]", "regular expression"),
         ("adapter.rules", [{"rank": 1}], "config.adapter.rules[0].pattern", "missing key"),
         ("adapter.rules", [{"rnk": 1}], "config.adapter.rules[0].rnk", "rank?"),
         ("data.train_size", -1, "config.data.train_size", "0 or more"),
