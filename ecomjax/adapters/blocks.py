@@ -27,8 +27,13 @@ def in_threads(
 ) -> Iterator[Result]:
     """The results in the order of the items, computed on all cores or as many as are said.
 
-    numpy lets go of the interpreter while it counts.
+    numpy lets go of the interpreter while it counts. Where there is nothing to share out no
+    thread is started, which takes longer than a small matrix.
     """
+    items = list(items)
+    if threads == 1 or len(items) == 1:
+        yield from map(function, items)
+        return
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         yield from pool.map(function, items)
 
