@@ -28,6 +28,8 @@ import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
+import tests.checker  # noqa: F401, named by the import hook
+
 ROOT = Path(__file__).resolve().parents[1]
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -42,9 +44,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 # jax rebuilds structs around specs, shardings and None, so their fields are not checked.
 flax.struct.PyTreeNode.__no_type_check__ = True
 flax.linen.Module.__no_type_check__ = True
-install_import_hook(
-    "ecomjax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-)
+install_import_hook("ecomjax", "tests.checker.checked")
 
 hypothesis.settings.register_profile(
     "reproducible", deadline=None, derandomize=True, database=None, max_examples=50
