@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ecomjax.decoding.batches import Limits, Rows, batches, prefill
-from ecomjax.sharding import constrain
 
 
 def final_states(
@@ -50,4 +49,4 @@ def final_states(
 @partial(jax.jit, static_argnums=0)
 def _of_rows(model: nn.Module, variables: Any, rows: Rows) -> Float[Array, "B D"]:
     hidden, _ = prefill(model, variables, rows, new_slots=0)
-    return constrain(hidden[:, 0].astype(jnp.float32), (None, None))
+    return hidden[:, 0].astype(jnp.float32)
