@@ -154,6 +154,8 @@ def training(tasks: list[str], smoke: bool = False) -> ConfigDict:
             "patience": 0,
             "checkpoint_every": 50,
             "keep": 2,
+            "most_skipped": 10,
+            "spike": 3.0,
         }
     )
 

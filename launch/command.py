@@ -1,16 +1,20 @@
 """The command line that all mains share: flags in, one clear line out where they are wrong.
 
-Exit status 0: done; 2: a mistake of the user, told in one line; 130: interrupted.
+Exit status 0: done; 2: a mistake of the user, told in one line; 75: preempted, and to be started
+again with the same command; 130: interrupted; 141: nobody reads the output any more.
 """
 
 import contextlib
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from ecomjax import preemption
 from ecomjax.errors import UserError
 from ecomjax.experiments.config import from_config
 
@@ -40,7 +44,9 @@ def main(run: Callable[[Any, str], Any], experiments: Sequence[str]) -> None:
                     "config.experiment",
                     f"this command wants a config of {known}, such as configs/{experiments[0]}.py",
                 )
-            run(config, str(WORKDIR.value))
+            with preemption.raised():
+                run(config, str(WORKDIR.value))
+            sys.stdout.flush()
 
     app.run(checked, flags_parser=parse)
 
@@ -78,11 +84,29 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error}", 2)
+    except preemption.Preempted as error:
+        _end(str(error), 75)
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes", file=sys.stderr)
-        sys.exit(130)
+        # All is given back by now; who is still not patient enough ends the process at once.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        _end("interrupted; the same command resumes", 130)
+    except BrokenPipeError:
+        _discard(sys.stdout)
+        _end("nobody reads the output any more; the same command resumes", 141)
+
+
+def _end(line: str, status: int) -> NoReturn:
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
+    sys.exit(status)
+
+
+def _discard(stream: Any) -> None:
+    """Lets what a stream still holds go nowhere, rather than fail at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _help() -> str:

@@ -1,8 +1,13 @@
 """The commands as users meet them: status and messages, without running an experiment."""
 
+import contextlib
+import signal
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,16 +121,23 @@ def test_f49_an_override_is_a_value_and_no_program(tmp_path, value):
     assert "config.weights" in err and not made.exists()
 
 
-def call_with(body, *arguments, status):
-    """Runs the shared main with a stand-in for the experiment."""
+def command(body):
+    """The shared main with a stand-in for the experiment."""
     code = (
+        "import os, signal, time\n"
+        "from pathlib import Path\n"
         "from ecomjax.errors import UserError\n"
+        "from ecomjax.preemption import Preempted\n"
         "from launch.command import main\n"
-        f"def run(config, workdir):\n    {body}\n"
+        f"def run(config, workdir):\n{textwrap.indent(body, '    ')}\n"
         "main(run, ['finetune'])"
     )
+    return [sys.executable, "-c", code, FINETUNE]
+
+
+def call_with(body, *arguments, status):
     done = subprocess.run(
-        [sys.executable, "-c", code, FINETUNE, "--workdir=w", *arguments],
+        [*command(body), "--workdir=w", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -153,6 +165,83 @@ def test_a_mistake_found_later_is_one_line_too():
 def test_an_interrupt_is_one_line():
     _, err = call_with("raise KeyboardInterrupt", status=130)
     assert err == "interrupted; the same command resumes\n"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_f03_preempted_outside_of_training_is_status_75_in_one_line(name):
+    _, err = call_with(f"os.kill(os.getpid(), signal.{name}); time.sleep(60)", status=75)
+    assert err == "preempted; the same command resumes\n"
+
+
+def test_f03_preempted_in_training_is_status_75_with_the_step():
+    _, err = call_with("raise Preempted(40)", status=75)
+    assert err == "preempted at step 40; the same command resumes\n"
+
+
+WAITING = """
+from ecomjax.experiments.workdir import Workdir
+with Workdir(workdir).writing(config) as folder:
+    (folder.path / "work").touch()
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        Path(workdir, "waits").touch()
+        time.sleep(SECONDS)
+"""
+"""Holds a folder, and takes its time to end."""
+
+
+@contextlib.contextmanager
+def started(body, workdir):
+    """The process of a command, its three streams pipes of bytes."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    arguments: Any = [*command(body), f"--workdir={workdir}"]
+    with subprocess.Popen(arguments, cwd=ROOT, **pipes) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def waiting(workdir, seconds):
+    with started(WAITING.replace("SECONDS", str(seconds)), workdir) as process:
+        assert process.stdout.readline() == b"ready\n"
+        yield process
+    assert (workdir / ".lock").read_bytes() == b""
+
+
+@pytest.mark.parametrize("interrupts", [1, 2])
+def test_f52_interrupted_once_or_twice_the_folder_is_given_back(tmp_path, interrupts):
+    with waiting(tmp_path, 0.5 if interrupts == 1 else 60) as process:
+        process.send_signal(signal.SIGINT)
+        if interrupts == 2:
+            while not (tmp_path / "waits").exists():
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, b"interrupted; the same command resumes\n")
+
+
+def test_f52_the_folder_is_given_back_when_the_terminal_closes(tmp_path):
+    with waiting(tmp_path, 0) as process:
+        process.stderr.close()
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(timeout=30) == 75
+
+
+UNREAD = [("stdout", True), ("stdout", False), ("stderr", True)]
+
+
+@pytest.mark.parametrize(("stream", "flush"), UNREAD)
+def test_f52_output_that_nobody_reads_ends_cleanly(tmp_path, stream, flush):
+    """As that of `| head`; what is still in a buffer may not fail at exit either."""
+    body = f"import sys\nsys.stdin.read()\nprint('x', file=sys.{stream}, flush={flush})"
+    with started(body, tmp_path) as process:
+        getattr(process, stream).close()
+        process.stdin.close()
+        assert process.wait(timeout=30) == 141
+        if stream == "stdout":
+            told = b"nobody reads the output any more; the same command resumes\n"
+            assert process.stderr.read() == told
 
 
 def test_a_defect_keeps_its_traceback():

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 MAY_IMPORT = {
     "errors": set(),
+    "preemption": set(),
     "typing": {"errors"},
     "trees": {"errors", "typing"},
     "sharding": {"errors", "typing", "trees"},
@@ -20,9 +21,11 @@ MAY_IMPORT = {
     "metrics": {"errors"},
     "tasks": {"errors", "typing", "data", "metrics"},
     "decoding": {"errors", "typing", "trees", "sharding", "models", "adapters", "data"},
-    "training": {"errors", "typing", "trees", "sharding", "models", "adapters", "data"},
+    "training": {
+        *("errors", "preemption", "typing", "trees", "sharding", "models", "adapters", "data"),
+    },
     "evaluation": {"errors", "typing", "data", "models", "decoding", "tasks", "metrics"},
-    "launch": {"errors", "experiments"},
+    "launch": {"errors", "preemption", "experiments"},
     "configs": {"tasks"},
 }
 ROOMS = {*MAY_IMPORT, "experiments"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,13 +31,14 @@ from ecomjax.experiments.assembly import (
     say,
 )
 from ecomjax.experiments.config import FinetuneConfig
-from ecomjax.experiments.files import read_json
+from ecomjax.experiments.files import read_json, write_json
 from ecomjax.experiments.initial import init_adapter, init_state, make_optimizer, make_rules
 from ecomjax.experiments.sections import MixtureConfig
 from ecomjax.experiments.workdir import Workdir
 from ecomjax.hf.peft import write_adapter
 from ecomjax.tasks.base import Example
 from ecomjax.training.checkpoint import Checkpoints
+from ecomjax.training.guards import Guard
 from ecomjax.training.loop import LoopOptions, fit
 from ecomjax.training.losses import causal_lm
 from ecomjax.training.step import make_loss_pass, make_train_step
@@ -246,6 +247,12 @@ def _train(
             headlines.append(headline)
         return values | {"loss": float(sums[0] / sums[1]), "headline": float(np.mean(headlines))}
 
+    def report(steps: Sequence[int]) -> str:
+        rows = {step: plan.step(step - 1) for step in steps}
+        ids = {step: [train[i].id for row in found for i in row] for step, found in rows.items()}
+        write_json(folder.skipped, ids)
+        return str(folder.skipped)
+
     every = settings.evaluate_every
     moments = set(range(every, steps, every)) if every else set(plan.epoch_ends)
     options = LoopOptions(
@@ -273,6 +280,7 @@ def _train(
             checkpoints,
             writer,
             options,
+            Guard(settings.most_skipped, settings.spike, report),
         )
     say(f"{'+'.join(data)}: best at step {selection.step} of {steps}")
     lies = sharding.whole(mesh)  # Every process reads all of it.

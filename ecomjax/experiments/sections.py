@@ -194,6 +194,10 @@ class TrainingConfig:
     checkpoint_every: Positive = 50
     keep: Positive = 2
     """Checkpoints kept beside the best one."""
+    most_skipped: Positive = 10
+    """Steps in a row without a finite loss and gradient, after which training stops."""
+    spike: NonNegative = 3.0
+    """How many times the median of the last losses is warned of; 0: never."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ checkpoints/                        training state, see `ecomjax.training.checkp
 adapter/                            the adapter in PEFT layout
 model/, merge.json                  a base with adapters fused in; how adapters were merged
 metrics.jsonl, tensorboard/         see `ecomjax.training.writers`
+skipped.json                        examples of the steps that training could not learn from
 eval/<task>/<split>.metrics.json    scores, and .predictions.jsonl the examples behind them
 runs/<name>/                        run folders of a study, beside its results.jsonl, report.md
 """
@@ -55,6 +56,7 @@ class Workdir:
         self.config = self.path / "config.json"
         self.run = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.skipped = self.path / "skipped.json"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"

@@ -1,45 +1,47 @@
 """Checkpoints: training state by step, and the best adapter; the only user of orbax.
 
-A checkpoint is a folder named by its step, made under a temporary name and renamed when all of
-it is on disk, so a killed process leaves the step before usable:
+A checkpoint is a folder named by its step, whole or not there at all (see `training.manifest`):
 
     00000040/state/         the arrays of the state, written by orbax
     00000040/data.json      what is no array: data position and bookkeeping of the loop
     00000040/manifest.json  sha256 of every file above, checked before anything is used
 
-Saving is synchronous: `save` returns when the step is on disk. The state of an adapter is small,
-and a failure shows at the step where it happens.
+Saving is asynchronous: `save` returns when the arrays are in the memory of the host, so that the
+next step may take over their buffers; a thread writes and commits. One save is in flight at a
+time. If it fails, the next `check`, `wait` or save raises, and no step of that name is there.
+
+Several processes write one folder on a file system that they share. All of them make the same
+calls in the same order, and each writes the arrays it holds. All else is done by process 0, which
+also decides which step is read.
 """
 
 from __future__ import annotations
 
-import hashlib
+import concurrent.futures
+import contextlib
 import json
 import logging
 import math
 import os
 import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
+from jax.experimental import multihost_utils
 
 from ecomjax import trees
 from ecomjax.errors import UserError
+from ecomjax.training import manifest
+from ecomjax.training.manifest import TEMPORARY
 
 logger = logging.getLogger(__name__)
 
-TEMPORARY = ".tmp-"
 BEST = "best"
 REMEDY = "delete this folder to start again, or restore it from a copy"
-
-
-class Damaged(Exception):
-    """A checkpoint that is not as it was written."""
 
 
 class Checkpoints:
@@ -48,6 +50,8 @@ class Checkpoints:
     A best checkpoint stands apart, under `best/`, and may hold less than the whole state. It is
     kept as long as a kept step could go back to it: whatever step a run resumes from, the best
     of the steps before it is still there.
+
+    As a context, it waits at its end for the save in flight.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2):
@@ -55,42 +59,73 @@ class Checkpoints:
         self.best_folder = self.folder / BEST
         self.keep = keep
         self._told: set[str] = set()
+        self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+        self._saving: concurrent.futures.Future[None] | None = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.wait()
+        except UserError as failure:
+            if error is None:
+                raise
+            logger.warning("%s", failure)
 
     def steps(self) -> list[int]:
-        """All saved steps, ascending."""
+        """All saved steps, ascending; one in flight is none of them."""
         return self._list(self.folder)
 
     def latest(self) -> int | None:
         """The newest saved step."""
-        return max(self.steps(), default=None)
+        newest = _as_first_finds(lambda: max(self.steps(), default=-1))
+        return None if newest < 0 else newest
 
     def best(self) -> int | None:
         """The step of the best checkpoint."""
         return max(self._list(self.best_folder), default=None)
 
+    def check(self) -> None:
+        """Raises the error that the save in flight has met, if it has."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when no save is in flight.
+
+        Raises:
+            UserError: the last save failed.
+        """
+        if self._saving is not None:
+            # Forgotten only when done: an interrupt in between leaves it to the next to wait for.
+            concurrent.futures.wait([self._saving])
+            saving, self._saving = self._saving, None
+            saving.result()
+
     def save(self, step: int, state: Any, data: Mapping[str, Any]) -> None:
-        """Writes a step and forgets those beyond `keep`.
+        """Begins to write a step; once written, those beyond `keep` are forgotten.
 
         Args:
             step: optimizer steps done.
             state: pytree of jax or numpy arrays, PRNG keys included.
             data: what JSON can hold; NaN and infinities survive.
+
+        Raises:
+            UserError: this save, or the one before it, failed.
         """
-        _write(self.folder, step, state, data)
-        kept = self.steps()[-self.keep :]
-        bests = self._list(self.best_folder)
-        needed = {max((b for b in bests if b <= s), default=None) for s in kept}
-        self._forget(self.folder, lambda s: s not in kept)
-        self._forget(self.best_folder, lambda b: b not in needed and b <= kept[-1])
+        self._begin(self.folder, step, state, data, self._forget_old)
 
     def save_best(self, step: int, state: Any, data: Mapping[str, Any]) -> None:
-        """Writes the best checkpoint so far; `better` says whether there is a new one."""
-        _write(self.best_folder, step, state, data)
+        """Begins to write the best checkpoint so far; `better` says whether there is a new one."""
+        self._begin(self.best_folder, step, state, data, lambda: None)
 
     def cut_back(self, step: int) -> None:
         """Forgets what a killed run has written beyond the step it resumes from."""
-        self._forget(self.folder, lambda s: s > step)
-        self._forget(self.best_folder, lambda b: b > step)
+        self.wait()
+        if jax.process_index() == 0:
+            self._forget(self.folder, lambda s: s > step)
+            self._forget(self.best_folder, lambda b: b > step)
 
     def restore(self, step: int | None, abstract: Any) -> tuple[Any, dict[str, Any], int]:
         """Reads a step back, bit by bit; None: the newest that is undamaged.
@@ -105,27 +140,67 @@ class Checkpoints:
         Raises:
             UserError: no usable checkpoint, or one of another structure.
         """
-        for candidate in reversed(self.steps()) if step is None else [step]:
-            try:
-                return *_read(self.folder, candidate, abstract), candidate
-            except Damaged as error:
-                what = f"damaged checkpoint ({error})"
-                where = str(_place(self.folder, candidate))
-                if step is not None:
-                    raise UserError(what, where, REMEDY) from error
-                logger.warning("%s: %s; going back to the one before", what, where)
-        raise UserError("no usable checkpoint", str(self.folder), REMEDY)
+        self.wait()
+
+        def choose() -> int:
+            if step is not None:
+                return _verified(self.folder, step)
+            for candidate in reversed(self.steps()):
+                try:
+                    return _verified(self.folder, candidate)
+                except UserError as error:
+                    logger.warning("%s; going back to the one before", error)
+            raise UserError("no usable checkpoint", str(self.folder), REMEDY)
+
+        chosen = _as_first_finds(choose)
+        return *_read(self.folder, chosen, abstract), chosen
 
     def restore_best(self, abstract: Any) -> tuple[Any, dict[str, Any], int]:
         """As `restore`, for the best checkpoint."""
-        step = self.best()
-        if step is None:
-            raise UserError("no best checkpoint", str(self.best_folder), "train first")
-        try:
-            return *_read(self.best_folder, step, abstract), step
-        except Damaged as error:
-            where = str(_place(self.best_folder, step))
-            raise UserError(f"damaged checkpoint ({error})", where, REMEDY) from error
+        self.wait()
+
+        def choose() -> int:
+            step = self.best()
+            if step is None:
+                raise UserError("no best checkpoint", str(self.best_folder), "train first")
+            return _verified(self.best_folder, step)
+
+        step = _as_first_finds(choose)
+        return *_read(self.best_folder, step, abstract), step
+
+    def _begin(
+        self,
+        folder: Path,
+        step: int,
+        state: Any,
+        data: Mapping[str, Any],
+        finish: Callable[[], None],
+    ) -> None:
+        self.wait()
+        place, temporary = _place(folder, step), folder / f"{TEMPORARY}{step:08d}"
+        arrays, keys = _disassemble(state)
+        text = json.dumps({"step": step, "data": data, "keys": keys}, indent=2)
+        with _clear_errors(place):
+            if jax.process_index() == 0:
+                manifest.make_room(temporary)
+            writing = ocp.save_async(str(temporary / "state"), trees.unflatten(arrays))
+
+        def complete() -> None:
+            with _clear_errors(place):
+                writing.result()
+                if jax.process_index() == 0:
+                    (temporary / "data.json").write_text(text, encoding="utf-8")
+                    manifest.commit(temporary, place)
+                    finish()
+
+        self._saving = self._thread.submit(complete)
+
+    def _forget_old(self) -> None:
+        kept = self.steps()[-self.keep :]
+        bests = self._list(self.best_folder)
+        needed = {max((b for b in bests if b <= s), default=None) for s in kept}
+        self._forget(self.folder, lambda s: s not in kept)
+        self._forget(self.best_folder, lambda b: b not in needed and b <= kept[-1])
 
     def _list(self, folder: Path) -> list[int]:
         """Steps of a folder; what else lies there is told once and left alone."""
@@ -145,7 +220,7 @@ class Checkpoints:
     def _forget(self, folder: Path, condition: Callable[[int], bool]) -> None:
         for step in self._list(folder):
             if condition(step):
-                _remove(_place(folder, step))
+                manifest.remove(_place(folder, step))
 
 
 def better(score: float, best: float | None) -> bool:
@@ -157,23 +232,25 @@ def _place(folder: Path, step: int) -> Path:
     return folder / f"{step:08d}"
 
 
-def _write(folder: Path, step: int, state: Any, data: Mapping[str, Any]) -> None:
-    arrays, keys = _disassemble(state)
-    place, temporary = _place(folder, step), folder / f"{TEMPORARY}{step:08d}"
-    text = json.dumps({"step": step, "data": data, "keys": keys}, indent=2)
+def _as_first_finds(find: Callable[[], int]) -> int:
+    """What process 0 finds: where files come and go, others may see them earlier or later."""
+    found, error = -1, None
+    if jax.process_index() == 0:
+        try:
+            found = find()
+        except UserError as caught:
+            error = caught
+    found, failed = multihost_utils.broadcast_one_to_all(np.array([found, error is not None]))
+    if failed:
+        raise error or UserError("no checkpoint to read", "process 0", "see what it tells")
+    return int(found)
+
+
+@contextlib.contextmanager
+def _clear_errors(place: Path) -> Iterator[None]:
+    """A disk that refuses, as the error of a user."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(leftover)
-        temporary.mkdir()
-        ocp.save(str(temporary / "state"), trees.unflatten(arrays))
-        (temporary / "data.json").write_text(text, encoding="utf-8")
-        manifest = json.dumps(_digests(temporary), indent=2)
-        (temporary / "manifest.json").write_text(manifest, encoding="utf-8")
-        _sync(temporary)
-        _remove(place)
-        os.replace(temporary, place)
-        _sync_folder(folder)
+        yield
     except (OSError, ValueError) as error:
         # Orbax's storage layer tells a full disk as a ValueError.
         told = re.search(r"os_error_code='(\d+)'", str(error))
@@ -187,15 +264,22 @@ def _write(folder: Path, step: int, state: Any, data: Mapping[str, Any]) -> None
         ) from error
 
 
-def _read(folder: Path, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+def _verified(folder: Path, step: int) -> int:
+    """The step, if all of its files are as they were written.
+
+    Raises:
+        UserError: they are not.
+    """
     place = _place(folder, step)
-    try:
-        manifest = json.loads((place / "manifest.json").read_bytes())
-        if manifest != _digests(place):
-            raise Damaged("its files are not those of manifest.json")
-        stored = json.loads((place / "data.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise Damaged(str(error)) from error
+    if what := manifest.damage(place):
+        raise UserError(f"damaged checkpoint ({what})", str(place), REMEDY)
+    return step
+
+
+def _read(folder: Path, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+    """State and data of a step that is known to be undamaged."""
+    place = _place(folder, step)
+    stored = json.loads((place / "data.json").read_bytes())
     wanted, _ = _disassemble(abstract)
     found = {
         path: (tuple(leaf.shape), str(np.dtype(leaf.dtype)))
@@ -254,39 +338,3 @@ def _assemble(abstract: Any, arrays: Mapping[str, Any], keys: Mapping[str, str])
         for path, _ in _paths(abstract)
     ]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder, the manifest itself aside."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        if not path.is_dir() and path != folder / "manifest.json":
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            digests[path.relative_to(folder).as_posix()] = digest
-    return digests
-
-
-def _sync(folder: Path) -> None:
-    """Has everything below a folder on disk before it gets its name."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with open(os.path.join(parent, name), "rb") as file:
-                os.fsync(file.fileno())
-        _sync_folder(Path(parent))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(place: Path) -> None:
-    """Deletes a step; it loses its name first, so it is never met half deleted."""
-    if place.exists():
-        doomed = place.with_name(f"{TEMPORARY}old-{place.name}")
-        os.replace(place, doomed)
-        shutil.rmtree(doomed)

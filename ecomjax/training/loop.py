@@ -1,4 +1,4 @@
-"""The training loop, told in order: resume, then step, tell, evaluate, save."""
+"""The training loop, told in order: resume, then step, tell, evaluate, save, stop when asked to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 
 import jax
 
+from ecomjax import preemption
+from ecomjax.preemption import Preempted
 from ecomjax.training.checkpoint import Checkpoints, better
+from ecomjax.training.guards import Guard, Seen
 from ecomjax.training.state import TrainState
 from ecomjax.training.writers import MetricsWriter, Progress
 from ecomjax.typing import Batch
@@ -63,6 +66,7 @@ def fit(
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     options: LoopOptions,
+    guard: Guard,
 ) -> Selection:
     """Trains from the newest checkpoint, if there is one, to the last step or early stop.
 
@@ -73,36 +77,50 @@ def fit(
     Args:
         state: the state before the first step.
         frozen: what the loss needs beside the trained parameters.
-        train_step: (state, frozen, batch) -> (state, metrics with "loss" and "tokens").
+        train_step: (state, frozen, batch) -> (state, metrics), see `make_train_step`.
         batches: iterator with `get_state` and `set_state`.
         evaluate: trained parameters -> validation metrics.
         checkpoints: where states go.
         writer: where metrics go.
         options: when to do what.
+        guard: when to warn and when to give up.
 
     Returns:
         The best evaluation; its trained parameters are `checkpoints.restore_best`.
+
+    Raises:
+        Preempted: the process was asked to end, and a checkpoint of the current step is saved.
+        UserError: a checkpoint cannot be written, or the guard gives up.
     """
-    selection, step, stopped = Selection(), 0, False
+    selection, seen, step, stopped = Selection(), Seen(), 0, False
     if checkpoints.latest() is not None:
         state, data, step = checkpoints.restore(None, state)
         batches.set_state(data["batches"])
-        selection, stopped = Selection(**data["selection"]), data["stopped"]
+        selection, seen = Selection(**data["selection"]), Seen(**data["seen"])
+        stopped = data["stopped"]
     checkpoints.cut_back(step)
     writer.cut_back(step)
 
-    with Progress(options.steps, start=step) as progress:
+    with (
+        checkpoints,
+        preemption.noted() as preempted,
+        Progress(options.steps, start=step) as progress,
+    ):
         pending: tuple[int, dict[str, jax.Array]] | None = None
 
         def tell() -> None:
             nonlocal pending
             if pending is not None:
                 values = {k: float(v) for k, v in jax.device_get(pending[1]).items()}
-                writer.write(pending[0], {f"train/{k}": v for k, v in values.items()})
-                progress.update(pending[0], values["loss"], int(values["tokens"]))
-                pending = None
+                number, pending = pending[0], None
+                guard.watch(seen, number, values)
+                values["spikes"] = seen.spikes
+                writer.write(number, {f"train/{k}": v for k, v in values.items()})
+                progress.update(number, values["loss"], int(values["tokens"]))
+                guard.check(seen, number, values)
 
         while step < options.steps and not stopped:
+            checkpoints.check()
             state, metrics = train_step(state, frozen, next(batches))
             step += 1
             tell()  # The step before: the device computes this one meanwhile.
@@ -114,14 +132,19 @@ def fit(
                 writer.write(step, {f"validation/{k}": v for k, v in values.items()})
                 _select(selection, step, state, values, checkpoints, options)
                 stopped = 0 < options.patience <= selection.since
-            if evaluated or step % options.checkpoint_every == 0:
+            ending = preempted(step)
+            if evaluated or ending or step % options.checkpoint_every == 0:
                 tell()
                 bookkeeping = {
                     "batches": batches.get_state(),
                     "selection": dataclasses.asdict(selection),
+                    "seen": dataclasses.asdict(seen),
                     "stopped": stopped,
                 }
                 checkpoints.save(step, state, bookkeeping)
+            if ending:
+                checkpoints.wait()
+                raise Preempted(step)
     return selection
 
 

@@ -15,6 +15,8 @@ class TrainState(flax.struct.PyTreeNode):
     """Step counter, trained parameters, optimizer state and the key dropout is drawn from."""
 
     step: Int[Array, ""]
+    skipped: Int[Array, ""]
+    """Steps so far that changed nothing but the counters, for want of a finite gradient."""
     trained: Any
     optimizer: Any
     key_data: UInt32[Array, "2"]
@@ -25,6 +27,7 @@ def new_state(trained: Any, optimizer: optax.GradientTransformation, key: jax.Ar
     """The state before the first step."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
         trained=trained,
         optimizer=optimizer.init(trained),
         key_data=jax.random.key_data(key),

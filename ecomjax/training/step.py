@@ -26,12 +26,14 @@ def make_train_step(
     """The jitted step over microbatches [M, B, T], accumulated by a scan.
 
     Sums and weights are accumulated and divided once, so the result does not depend on how
-    rows are cut into microbatches. Microbatches without a target are skipped.
+    rows are cut into microbatches. Microbatches without a target are skipped. So is the whole
+    update where loss or gradient is not finite: trained parameters and optimizer state, with the
+    place it has in the schedule, stay as they are, bit by bit.
 
     Args:
         loss: with what it tells of its groups in aux; see `training.losses`.
         optimizer: of the trained parameters.
-        schedule: learning rate by step, told beside the loss.
+        schedule: learning rate by update, told beside the loss.
         groups: names of the groups, for the metrics `loss/<name>` (NaN in a step without
             targets of it) and `examples/<name>`.
         shardings: where the arrays of the state lie, before and after the step; see
@@ -60,11 +62,18 @@ def make_train_step(
         numbers = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)
         (total, weight, aux, grads), _ = jax.lax.scan(of_microbatch, start, (numbers, batch))
         grads = jax.tree.map(lambda g: g / weight, grads)
+        mean, norm = total / weight, optax.tree.norm(grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
+        finite = jnp.isfinite(mean) & jnp.isfinite(norm)
+        old = (state.trained, state.optimizer)
+        new = (optax.apply_updates(state.trained, updates), optimizer_state)
+        trained, optimizer_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        skipped = state.skipped + (~finite).astype(jnp.int32)
         metrics = {
-            "loss": total / weight,
-            "gradient_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "loss": mean,
+            "gradient_norm": norm,
+            "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
+            "skipped": skipped,
             "target_tokens": weight,
             "tokens": (batch.segment_ids != PADDING_SEGMENT).sum(),
         }
@@ -73,7 +82,8 @@ def make_train_step(
             metrics[f"examples/{name}"] = aux["examples"][group]
         state = state.replace(
             step=state.step + 1,
-            trained=optax.apply_updates(state.trained, updates),
+            skipped=skipped,
+            trained=trained,
             optimizer=optimizer_state,
         )
         return state, metrics

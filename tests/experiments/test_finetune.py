@@ -19,7 +19,9 @@ from ecomjax.experiments.files import read_json, read_jsonl
 from ecomjax.hf.checkpoints import load_pretrained
 from ecomjax.hf.files import sha256_of
 from ecomjax.hf.peft import read_adapter
+from ecomjax.tasks.esci import Esci
 from ecomjax.training.checkpoint import Checkpoints
+from ecomjax.training.losses import causal_lm
 
 STEPS = 12
 SECRETS = ("of-the-model-hub-7f3a", "of-the-tracker-91bc", "of-the-proxy-55de")
@@ -117,7 +119,7 @@ def test_no_example_is_longer_than_the_model_knows_positions(make_config, tmp_pa
         finetune.run(make_config("finetune"), str(tmp_path))
 
 
-def test_a_finished_run_stays_as_it_is(config, train, trained, contents, monkeypatch):
+def test_f11_a_finished_run_stays_as_it_is(config, train, trained, contents, monkeypatch):
     before, starts = contents(trained), len(read_json(trained / "run.json")["starts"])
 
     def refuse(*_, **__):
@@ -211,6 +213,33 @@ def test_another_config_is_refused_and_nothing_changes(make_config, train, train
     assert "config.adapter.rank 2 -> 3" in str(caught.value)
     assert "config.data.train_size 24 -> 20" in str(caught.value)
     assert contents(trained) == before
+
+
+def test_f33_a_run_without_a_finite_loss_stops_and_names_the_examples(
+    make_config, train, tmp_path, monkeypatch
+):
+    """At the third of its steps; the file names the examples of all three, and they are 4 each."""
+    changes = {"training.most_skipped": 3, "training.checkpoint_every": 50}
+    config = make_config("finetune", changes=changes)
+
+    def broken(*arguments, **options):
+        loss = causal_lm(*arguments, **options)
+
+        def of_batch(*arguments):
+            total, weight, aux = loss(*arguments)
+            return total * np.float32("nan"), weight, aux
+
+        return of_batch
+
+    monkeypatch.setattr(finetune, "causal_lm", broken)
+    with pytest.raises(UserError, match=r"steps 1 to 3.*skipped\.json"):
+        train(config, tmp_path)
+    named = read_json(tmp_path / "skipped.json")
+    assert list(named) == ["1", "2", "3"]
+    ids = [i for step in named.values() for i in step]
+    known = {x.id for x in Esci().load(SyntheticSource(0, Sizes(train=24)), "train")}
+    assert len(set(ids)) == len(ids) == 12 and set(ids) <= known
+    assert [x["train/skipped"] for x in read_jsonl(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 3.0]
 
 
 def test_packing_does_not_change_what_is_learnt(make_config, train, trained, tmp_path):

@@ -1,8 +1,14 @@
 """The loop with stand-ins for model and metric: what it does when, and after an interruption."""
 
 import dataclasses
+import errno
+import itertools
 import json
 import math
+import os
+import signal
+import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +16,12 @@ import numpy as np
 import optax
 import pytest
 
+from ecomjax import preemption
+from ecomjax.errors import UserError
+from ecomjax.preemption import Preempted
+from ecomjax.training import manifest
 from ecomjax.training.checkpoint import Checkpoints
+from ecomjax.training.guards import Guard
 from ecomjax.training.loop import LoopOptions, Selection, fit
 from ecomjax.training.state import new_state
 from ecomjax.training.writers import MetricsWriter
@@ -47,13 +58,23 @@ class Run:
         folder: of the run.
         values: validation value by step.
         dies: (what, step): where the process dies.
+        losses: training loss by step, 1 elsewhere.
+        empty: steps whose batches have no targets.
+        after_step: called after every step.
+        waits: whether a save is over before the next step.
         seen: (step, batch) of every step taken.
+        reported: steps whose examples were asked for.
     """
 
     folder: object
     values: dict
     dies: tuple = ("never", 0)
+    losses: dict = dataclasses.field(default_factory=dict)
+    empty: tuple = ()
+    after_step: Callable = lambda step: None
+    waits: bool = True
     seen: list = dataclasses.field(default_factory=list)
+    reported: list = dataclasses.field(default_factory=list)
 
     def die(self, what, step):
         if self.dies == (what, step):
@@ -66,15 +87,26 @@ class Run:
         self.seen.append((step, batch))
         # Depends on the order of all batches so far.
         w = state.trained["w"] * 0.5 + batch
-        metrics = {"loss": jnp.sum(w), "tokens": jnp.asarray(10 * batch)}
-        return state.replace(step=state.step + 1, trained={"w": w}), metrics
+        metrics = {
+            "loss": jnp.float32(self.losses.get(step, 1.0)),
+            "tokens": jnp.asarray(10 * batch),
+            "target_tokens": jnp.asarray(0 if step in self.empty else 5 * batch),
+        }
+        skipped = state.skipped + int(not math.isfinite(self.losses.get(step, 1.0)))
+        state = state.replace(step=state.step + 1, skipped=skipped, trained={"w": w})
+        self.after_step(step)
+        return state, metrics | {"skipped": skipped}
+
+    def report(self, steps):
+        self.reported = list(steps)
+        return "skipped.json"
 
     def evaluate(self, trained):
         step = self.seen[-1][0]
         self.die("evaluation", step)
         return {"score": self.values[step], "w": float(trained["w"][0])}
 
-    def fit(self, **changes):
+    def fit(self, most_skipped=3, spike=0.0, **changes):
         options = LoopOptions(
             **{
                 "steps": STEPS,
@@ -92,6 +124,9 @@ class Run:
             def save(self, step, state, data):
                 run.die("before save", step)
                 super().save(step, state, data)
+                run.die("while saving", step)
+                if run.waits:
+                    self.wait()
                 run.die("after save", step)
 
         state = new_state({"w": jnp.zeros(2)}, optax.sgd(0.1), jax.random.key(0))
@@ -106,6 +141,7 @@ class Run:
                 checkpoints,
                 writer,
                 options,
+                Guard(most_skipped, spike, self.report),
             )
         abstract = jax.eval_shape(lambda s: s, state)
         self.best, _, self.best_step = checkpoints.restore_best(abstract.trained)
@@ -143,7 +179,10 @@ def test_every_step_takes_the_next_batch_and_is_told_before_its_evaluation(whole
         expected += [(step, True)] + ([(step, False)] if step in VALUES else [])
     assert told == expected
     first, *_, last = whole.lines()
-    assert first == {"step": 1, "train/loss": 2.0, "train/tokens": 10.0}
+    assert first == {
+        "step": 1, "train/loss": 1.0, "train/tokens": 10.0, "train/target_tokens": 5.0,
+        "train/skipped": 0.0, "train/spikes": 0.0,
+    }  # fmt: skip
     assert last == {"step": 7, "validation/score": 0.4, "validation/w": w_after(7)}
 
 
@@ -165,7 +204,7 @@ def test_the_best_evaluation_is_kept_with_what_was_trained_there(whole):
     ],
     ids=["loss", "the first of equals", "not a number", "not a loss", "infinity"],
 )
-def test_which_evaluation_is_the_best(tmp_path, values, larger, best):
+def test_f15_which_evaluation_is_the_best(tmp_path, values, larger, best):
     assert Run(tmp_path, values).fit(larger_is_better=larger).best_step == best
 
 
@@ -182,7 +221,7 @@ def test_a_gain_gives_new_patience(tmp_path):
 
 
 @pytest.mark.parametrize("patience", [0, 1])
-def test_a_finished_run_takes_no_further_step(tmp_path, patience):
+def test_f11_a_finished_run_takes_no_further_step(tmp_path, patience):
     first = Run(tmp_path, VALUES).fit(patience=patience)
     files = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     second = Run(tmp_path, VALUES).fit(patience=patience)
@@ -195,11 +234,12 @@ MOMENTS = [
     *[("step", n) for n in range(1, STEPS + 1)],
     *[("evaluation", n) for n in VALUES],
     *[(when, n) for n in (2, 3, 4, 5, 6, 7) for when in ("before save", "after save")],
+    *[("while saving", n) for n in (3, 4)],
 ]
 
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda m: f"{m[0]} {m[1]}")
-def test_killed_at_any_moment_the_next_run_ends_the_same(whole, tmp_path, moment):
+def test_f01_f02_killed_at_any_moment_the_next_run_ends_the_same(whole, tmp_path, moment):
     folder = tmp_path / "killed"
     with pytest.raises(Killed):
         Run(folder, VALUES, moment).fit()
@@ -225,3 +265,97 @@ def test_an_early_stop_is_remembered_by_the_checkpoint(tmp_path):
     with pytest.raises(Killed):
         Run(tmp_path, VALUES, ("after save", 5)).fit(patience=1)
     assert Run(tmp_path, VALUES).fit(patience=1).seen == []
+
+
+def signalled(number, at):
+    """What to do after a step: sends the process a signal after one of them."""
+    return lambda step: os.kill(os.getpid(), number) if step == at else None
+
+
+@pytest.mark.parametrize(
+    ("number", "at"), list(zip(itertools.cycle(preemption.SIGNALS), (1, 3, 4, 5), strict=False))
+)
+def test_f03_a_signal_to_end_saves_the_step_underway_and_the_next_run_goes_on(
+    whole, tmp_path, number, at
+):
+    handler = signal.getsignal(number)
+    run = Run(tmp_path, VALUES, after_step=signalled(number, at))
+    with pytest.raises(Preempted) as caught:
+        run.fit()
+    assert caught.value.step == at == run.seen[-1][0]
+    assert str(caught.value) == f"preempted at step {at}; the same command resumes"
+    assert Checkpoints(tmp_path / "checkpoints").latest() == at
+    assert signal.getsignal(number) == handler
+    again = Run(tmp_path, VALUES).fit()
+    assert again.seen[0] == (at + 1, at + 1)
+    assert again.written() == whole.written() and again.selection == whole.selection
+    for one, other in zip(jax.tree.leaves(again.state), jax.tree.leaves(whole.state), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_f04_a_failed_save_stops_the_run_at_the_next_step(tmp_path, monkeypatch):
+    """And not at its end; the steps before stay, and a run with room goes on from them."""
+    commit = manifest.commit
+
+    def full(temporary, place):
+        if place.name == "00000003":
+            raise OSError(errno.ENOSPC, "full")
+        commit(temporary, place)
+
+    monkeypatch.setattr(manifest, "commit", full)
+    run = Run(tmp_path, {7: 0.0}, waits=False)
+    run.after_step = lambda step: time.sleep(1.0) if step == 4 else None
+    with pytest.raises(UserError, match=r"No space left on device.*00000003"):
+        run.fit()
+    assert run.seen[-1][0] == 4
+    monkeypatch.undo()
+    assert Run(tmp_path, {7: 0.0}).fit().seen[-1][0] == STEPS
+
+
+def test_f33_skipped_updates_are_counted_and_so_many_in_a_row_end_the_run(tmp_path, caplog):
+    nan = {2: math.nan, 4: math.inf, 5: math.nan, 6: math.nan}
+    run = Run(tmp_path, {7: 0.0}, losses=nan)
+    with pytest.raises(UserError, match=r"steps 4 to 6.*skipped\.json"):
+        run.fit()
+    assert run.reported == [4, 5, 6] and run.seen[-1][0] == 6
+    told = [(line["step"], line["train/loss"], line["train/skipped"]) for line in run.lines()]
+    assert told == [
+        (1, 1.0, 0.0), (2, None, 1.0), (3, 1.0, 1.0),
+        (4, None, 2.0), (5, None, 3.0), (6, None, 4.0),
+    ]  # fmt: skip
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == [f"step {n}" for n in nan]
+
+
+def test_f33_steps_in_a_row_are_counted_across_a_resume(tmp_path):
+    nan = dict.fromkeys((2, 3, 4, 5), math.nan)
+    with pytest.raises(Killed):
+        Run(tmp_path, {7: 0.0}, ("after save", 3), losses=nan).fit()
+    run = Run(tmp_path, {7: 0.0}, losses=nan)
+    with pytest.raises(UserError, match="steps 2 to 4"):
+        run.fit()
+    assert [line["train/skipped"] for line in run.lines()] == [0.0, 1.0, 2.0, 3.0]
+    assert Run(tmp_path, {7: 0.0}, losses=nan).fit(most_skipped=5).seen[-1][0] == STEPS
+
+
+def test_f26_a_batch_without_targets_ends_the_run(tmp_path):
+    run = Run(tmp_path, {7: 0.0}, empty=(3,))
+    with pytest.raises(UserError, match=r"without a token to learn.*step 3.*skipped\.json"):
+        run.fit()
+    assert run.reported == [3]
+
+
+def test_f33_spikes_are_told_and_counted(tmp_path, caplog):
+    """Against the median of the losses before, across a resume; one that is skipped is none."""
+    losses = {n: 1.0 + 0.01 * n for n in range(1, 31)}
+    losses |= {5: 9.0, 15: 3.4, 20: 1e6, 21: math.inf, 25: 3.0, 28: 4.0}
+    options = {"steps": 30, "spike": 3.0, "most_skipped": 2}
+    with pytest.raises(Killed):
+        Run(tmp_path, {30: 0.0}, ("after save", 18), losses=losses).fit(**options)
+    run = Run(tmp_path, {30: 0.0}, losses=losses)
+    run.fit(**options)
+    counts = {line["step"]: line["train/spikes"] for line in run.lines() if "train/loss" in line}
+    rises = [n for n in range(2, 31) if counts[n] > counts[n - 1]]
+    assert rises == [15, 20, 28] and counts[30] == 3.0
+    told = [r.getMessage() for r in caplog.records]
+    assert told[0] == "step 15: loss 3.4, the median before it 1.085"
+    assert len(told) == 4 and "not finite" in told[2]

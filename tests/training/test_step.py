@@ -82,7 +82,9 @@ def test_one_division_by_all_targets(rows, microbatches):
 
 def test_metrics(rows):
     _, metrics = run_toy(cut(rows, 2))
-    assert set(metrics) == {"loss", "gradient_norm", "learning_rate", "target_tokens", "tokens"}
+    assert set(metrics) == {
+        "loss", "gradient_norm", "learning_rate", "skipped", "target_tokens", "tokens",
+    }  # fmt: skip
     assert float(metrics["gradient_norm"]) == pytest.approx(
         np.linalg.norm(naive_toy(rows)[1]), rel=1e-5
     )
@@ -261,3 +263,73 @@ def test_loss_pass_sums_without_a_key(rows):
     assert float(weight) == 31
     assert float(total) / 31 == pytest.approx(naive_toy(rows)[0], rel=1e-6)
     assert set(keys) == {None}
+
+
+@jax.custom_jvp
+def nothing(w, slope):
+    """0, of the given slope in w."""
+    return jnp.zeros(())
+
+
+nothing.defjvp(lambda primals, tangents: (nothing(*primals), primals[1] * tangents[0]))
+
+
+def broken_loss(trained, frozen, batch, key):
+    """The toy loss times a number, and another that is added to a gradient alone."""
+    scale, added = frozen
+    total, weight, aux = toy_loss(trained, jnp.float32(0.5), batch, key)
+    return total * scale + nothing(trained["w"][0], added), weight, aux
+
+
+FAULTS = {
+    "loss NaN": (jnp.nan, 0.0),
+    "loss inf": (jnp.inf, 0.0),
+    "gradient alone inf": (1.0, jnp.inf),
+    "gradient norm beyond float32": (1.0, 1e38),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_f33_a_step_that_is_not_finite_changes_nothing_and_the_next_goes_on(rows, fault):
+    """The run is the one without that step, but for the counters; learning rate included."""
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(slope, weight_decay=0.1))
+    step, batch = make_train_step(broken_loss, optimizer, slope), cut(rows, 2)
+    good, bad = (jnp.float32(1.0), jnp.float32(0.0)), tuple(map(jnp.float32, FAULTS[fault]))
+
+    def run(scales):
+        state, told = toy_state(optimizer), []
+        for scale in scales:
+            state, metrics = step(state, scale, batch)
+            told.append(jax.device_get(metrics))
+        return jax.device_get(state), told
+
+    state, told = run([good, bad, bad, good])
+    expected, without = run([good, good])
+    assert [int(x["skipped"]) for x in told] == [0, 1, 2, 2]
+    assert np.isfinite(told[1]["loss"]) == ("gradient" in fault)
+    assert (int(state.step), int(state.skipped)) == (4, 2)
+    for one, other in zip(
+        jax.tree.leaves((state.trained, state.optimizer)),
+        jax.tree.leaves((expected.trained, expected.optimizer)),
+        strict=True,
+    ):
+        assert one.tobytes() == other.tobytes()
+    for one, other in ((told[0], without[0]), (told[3], without[1])):
+        assert {k: v.tobytes() for k, v in one.items() if k != "skipped"} == {
+            k: v.tobytes() for k, v in other.items() if k != "skipped"
+        }
+
+
+def test_f33_a_large_loss_is_no_reason_to_skip(rows):
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(slope))
+    step = make_train_step(broken_loss, optimizer, slope)
+    before = np.asarray(toy_state(optimizer).trained["w"])
+    state, metrics = step(toy_state(optimizer), (jnp.float32(1e6), jnp.float32(0.0)), cut(rows, 2))
+    assert int(metrics["skipped"]) == 0
+    assert 0 < np.abs(state.trained["w"] - before).max() <= 0.11
+
+
+def test_f26_a_batch_without_targets_changes_nothing_and_has_no_loss(rows):
+    state, metrics = run_toy(cut(rows.replace(weights=np.zeros_like(rows.weights)), 2))
+    assert np.isnan(float(metrics["loss"])) and float(metrics["target_tokens"]) == 0
+    assert np.array_equal(state.trained["w"], toy_state(optax.sgd(1.0)).trained["w"])
