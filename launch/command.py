@@ -110,9 +110,9 @@ def _discard(stream: Any) -> None:
 
 
 def _help() -> str:
-    return "\n".join(
-        f"  --{f.name}: {f.help}" for f in (flags.FLAGS["config"], flags.FLAGS["workdir"])
-    )
+    names = ["config", "workdir"]
+    names += [f.name for f in flags.FLAGS.get_key_flags_for_module(sys.modules["__main__"])]
+    return "\n".join(f"  --{name}: {flags.FLAGS[name].help}" for name in names)
 
 
 def _explain(error: Exception, argv: Sequence[str]) -> UserError:

@@ -31,7 +31,7 @@ from ecomjax.experiments.assembly import (
     say,
 )
 from ecomjax.experiments.config import FinetuneConfig
-from ecomjax.experiments.files import read_json, write_json
+from ecomjax.experiments.files import jsonable, read_json, write_json
 from ecomjax.experiments.initial import init_adapter, init_state, make_optimizer, make_rules
 from ecomjax.experiments.sections import MixtureConfig
 from ecomjax.experiments.workdir import Workdir
@@ -76,12 +76,17 @@ class TaskData:
     facts: dict[str, Any]
 
 
-def run(config: FinetuneConfig, workdir: str) -> None:
+def run(config: FinetuneConfig, workdir: str, allow: Sequence[str] = ()) -> None:
     """Trains an adapter, or goes on where an interrupted run stopped.
 
     The run folder then holds the adapter of the best evaluation in PEFT layout.
+
+    Args:
+        config: of the run; on resume, the same.
+        workdir: the run folder.
+        allow: keys of the config that may change on resume.
     """
-    with Workdir(workdir).writing(config, ignore=NO_MATTER) as folder:
+    with Workdir(workdir).writing(config, ignore=NO_MATTER, allow=allow) as folder:
         tasks = make_tasks(config.tasks)
         # Mistakes in the mixture and the data are told before a model is loaded.
         shares([1] * len(tasks), _mixture(config.mixture, list(tasks)))
@@ -101,9 +106,14 @@ def run(config: FinetuneConfig, workdir: str) -> None:
         train = Joined([found.train for found in data.values()])
         rows = config.training.rows * sharding.row_parts(base.mesh)
         plan = _plan(train, [found.prefix for found in data.values()], config, rows)
-        facts = {label: found.facts for label, found in data.items()}
+        facts = {
+            "base": base.identity,
+            "tokenizer": base.tokenizer.fingerprint,
+            "seed": config.training.seed,
+            "data": {label: found.facts for label, found in data.items()},
+        }
         _check_unchanged(facts, folder)
-        folder.record_start(base=base.identity, seed=config.training.seed, data=facts)
+        folder.record_start(**facts)
         say(
             f"{'+'.join(data)}: {len(plan)} steps of {config.training.batch_size} examples "
             f"in rows of {plan.row_length} tokens"
@@ -149,17 +159,23 @@ def _prepare(
 
 
 def _check_unchanged(facts: Mapping[str, Any], folder: Workdir) -> None:
-    """UserError where a run would go on with other training data than it began with."""
+    """UserError where a run would go on with another base or other data than it began with."""
     if Checkpoints(folder.checkpoints).latest() is None or not folder.run.exists():
         return
-    began = read_json(folder.run)["starts"][-1]["data"]
-    for label, found in facts.items():
-        if began[label]["train_sha256"] != found["train_sha256"]:
-            raise UserError(
-                "training data have changed since the run began",
-                f"{folder.path}, task {label}",
-                "use the old data, or another --workdir",
-            )
+    old, new = (_origins(x) for x in (read_json(folder.run)["starts"][-1], jsonable(facts)))
+    changes = [f"{n} {old.get(n)} -> {new[n]}" for n in new if old.get(n) != new[n]]
+    if changes:
+        raise UserError(
+            "model or training data have changed since the run began",
+            f"{folder.path}: {', '.join(changes)}",
+            "use the old ones, or another --workdir",
+        )
+
+
+def _origins(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Digests of what training starts from."""
+    data = {f"{label} train": about["train_sha256"] for label, about in facts["data"].items()}
+    return {"base": facts["base"]["sha256"], "tokenizer": facts.get("tokenizer"), **data}
 
 
 def _told(kept: Kept) -> str:

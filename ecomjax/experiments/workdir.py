@@ -31,7 +31,14 @@ from typing import Any
 from ecomjax import __version__
 from ecomjax.errors import UserError
 from ecomjax.experiments.config import to_dict, to_json
-from ecomjax.experiments.files import cannot_write, jsonable, read_json, write_json, write_text
+from ecomjax.experiments.files import (
+    cannot_write,
+    jsonable,
+    read_json,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from ecomjax.experiments.redaction import redacted
 
 PACKAGES = (
@@ -67,6 +74,7 @@ class Workdir:
         self.results = self.path / "results.jsonl"
         self.report = self.path / "report.md"
         self.lock = self.path / ".lock"
+        self._changes: list[str] = []
 
     def scores(self, task: str, split: str) -> Path:
         return self.path / "eval" / task / f"{split}.metrics.json"
@@ -79,13 +87,17 @@ class Workdir:
         return Workdir(self.path / "runs" / name)
 
     @contextlib.contextmanager
-    def writing(self, config: Any, ignore: Sequence[str] = ()) -> Iterator[Workdir]:
+    def writing(
+        self, config: Any, ignore: Sequence[str] = (), allow: Sequence[str] | None = None
+    ) -> Iterator[Workdir]:
         """Holds the folder as its only writer, made new or made by the same config.
 
         Args:
             config: the config dataclass of this run.
             ignore: keys such as "evaluation" (with all below them) that may differ from the
                 config that made the folder.
+            allow: keys likewise, which the user wants to differ from now on: config.json then
+                holds the new values, and run.json says so. None: there is no way to ask for it.
 
         Raises:
             UserError: the folder cannot be written, holds another config, or has a writer.
@@ -95,15 +107,17 @@ class Workdir:
             held = _acquire(self.lock)
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        new = not self.config.exists()
+        old = self.config.read_bytes() if self.config.exists() else None
         try:
-            self._match_config(config, ignore)
+            self._match_config(config, ignore, allow)
             yield self
-        except BaseException:
+        except BaseException as error:
             # A mistake mended, such as a path, is another config: it may have the same folder.
-            if new and not self._holds_work():
+            if old is None and not self._holds_work():
                 self.config.unlink(missing_ok=True)
                 self.run.unlink(missing_ok=True)
+            if self._changes and old is not None and isinstance(error, UserError):
+                write_bytes(self.config, old)
             raise
         finally:
             with contextlib.suppress(OSError):
@@ -120,6 +134,8 @@ class Workdir:
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
         run.setdefault("run_id", f"{stamp}-{uuid.uuid4().hex[:12]}")
         start = {"time": stamp, "command": redacted(sys.argv)} | machine() | jsonable(facts)
+        if self._changes:
+            start["config_changes"] = self._changes
         write_json(self.run, run | {"starts": [*run.get("starts", []), start]})
         return run["run_id"]
 
@@ -128,23 +144,34 @@ class Workdir:
         marks = {self.config.name, self.run.name, self.lock.name}
         return any(path.is_file() and path.name not in marks for path in self.path.rglob("*"))
 
-    def _match_config(self, config: Any, ignore: Sequence[str]) -> None:
+    def _match_config(
+        self, config: Any, ignore: Sequence[str], allow: Sequence[str] | None
+    ) -> None:
         if not self.config.exists():
             write_text(self.config, to_json(config))
             return
         old, new = _flatten(read_json(self.config)), _flatten(to_dict(config))
-        changes = [
-            f"config.{key} {_show(old, key)} -> {_show(new, key)}"
+        changes = {
+            key: f"config.{key} {_show(old, key)} -> {_show(new, key)}"
             for key in (old | new)
-            if _show(old, key) != _show(new, key)
-            and not any(key == i or key.startswith(f"{i}.") for i in ignore)
-        ]
-        if changes:
+            if _show(old, key) != _show(new, key) and not _below(key, ignore)
+        }
+        if unknown := [a for a in allow or () if not any(_below(k, [a]) for k in old | new)]:
+            raise UserError(
+                f"no key {unknown[0]!r}",
+                "--allow_config_change",
+                f"name keys as in {self.config}, such as training.keep",
+            )
+        if refused := [key for key in changes if not _below(key, allow or ())]:
+            way = "" if allow is None else f", or --allow_config_change={','.join(refused)}"
             raise UserError(
                 "the folder holds a run of another config",
-                f"{self.path}: {', '.join(changes)}",
-                "use the old values, or another --workdir",
+                f"{self.path}: {', '.join(changes[key] for key in refused)}",
+                f"use the old values, or another --workdir{way}",
             )
+        if changes:
+            self._changes = list(changes.values())
+            write_text(self.config, to_json(config))
 
 
 def machine() -> dict[str, Any]:
@@ -250,6 +277,10 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
+
+
+def _below(key: str, sections: Sequence[str]) -> bool:
+    return any(key == s or key.startswith(f"{s}.") for s in sections)
 
 
 def _show(flat: Mapping[str, Any], key: str) -> str:

@@ -1,5 +1,6 @@
 import collections
 import contextlib
+import copy
 import dataclasses
 import json
 import socket
@@ -19,6 +20,7 @@ from ecomjax.experiments.files import read_json, read_jsonl
 from ecomjax.hf.checkpoints import load_pretrained
 from ecomjax.hf.files import sha256_of
 from ecomjax.hf.peft import read_adapter
+from ecomjax.hf.tokenizer import Tokenizer
 from ecomjax.tasks.esci import Esci
 from ecomjax.training.checkpoint import Checkpoints
 from ecomjax.training.losses import causal_lm
@@ -205,13 +207,42 @@ def test_only_what_training_does_not_depend_on_may_change(make_config, train, tr
         train(make_config("finetune", changes=shared | {"evaluation.temperature": 1.0}), trained)
 
 
-def test_another_config_is_refused_and_nothing_changes(make_config, train, trained, contents):
+def test_f10_another_config_is_refused_and_nothing_changes(make_config, train, trained, contents):
     before = contents(trained)
     changes = {"training.select": "loss", "adapter.rank": 3, "data.train_size": 20}
     with pytest.raises(UserError) as caught:
         train(make_config("finetune", changes=changes), trained)
     assert "config.adapter.rank 2 -> 3" in str(caught.value)
     assert "config.data.train_size 24 -> 20" in str(caught.value)
+    assert contents(trained) == before
+
+
+def test_f10_a_change_that_the_state_does_not_survive_is_refused_even_if_it_is_asked_for(
+    make_config, as_in_production, trained, contents
+):
+    before = contents(trained)
+    config = make_config("finetune", changes={"training.select": "loss", "adapter.rank": 3})
+    with pytest.raises(UserError, match="checkpoint of another state"), as_in_production():
+        finetune.run(config, str(trained), ["adapter.rank"])
+    assert contents(trained) == before
+
+
+def test_f10_another_base_or_tokenizer_is_refused(config, train, trained, contents, monkeypatch):
+    before, load = contents(trained), finetune.load_base
+
+    class Other(Tokenizer):
+        fingerprint = "0" * 64
+
+    def changed(*arguments):
+        base = load(*arguments)
+        identity = dataclasses.replace(base.identity, sha256="f" * 64)
+        tokenizer = copy.copy(base.tokenizer)
+        tokenizer.__class__ = Other
+        return dataclasses.replace(base, identity=identity, tokenizer=tokenizer)
+
+    monkeypatch.setattr(finetune, "load_base", changed)
+    with pytest.raises(UserError, match=r"base \w{64} -> f{64}, tokenizer \w{64} -> 0{64};"):
+        train(config, trained)
     assert contents(trained) == before
 
 
@@ -370,13 +401,17 @@ def test_changed_data_are_read_again(make_config, train, tmp_path, shop_files):
     assert losses[0] != losses[1]
 
 
-def test_a_run_does_not_go_on_with_other_data(make_config, train, tmp_path, shop_files, contents):
+def test_f10_a_run_does_not_go_on_with_other_data(
+    make_config, train, tmp_path, shop_files, contents
+):
     rows = shop_rows()
     config = make_config("finetune", changes=shop_files(map(json.dumps, rows)))
     train(config, tmp_path / "run")
     before = contents(tmp_path / "run")
     shop_files(map(json.dumps, rows[1:]))
-    with pytest.raises(UserError, match=r"training data have changed .* began: .*esci"):
+    with pytest.raises(
+        UserError, match=r"training data have changed .*esci train \w{64} -> \w{64}"
+    ):
         train(config, tmp_path / "run")
     assert contents(tmp_path / "run") == before
 

@@ -32,13 +32,13 @@ def with_changes(config, section, **values):
 
 
 @pytest.mark.parametrize("name", ["run", "with spaces", "Käse-運行", "n" * 255])
-def test_a_run_folder_is_made_and_opened_again(tmp_path, config, name):
+def test_f12_a_run_folder_is_made_and_opened_again(tmp_path, config, name):
     for _ in range(2):
         with Workdir(tmp_path / "deep" / name).writing(config) as folder:
             assert read_json(folder.config) == to_dict(config)
 
 
-def test_another_config_is_refused_with_the_keys_that_differ(tmp_path, config):
+def test_f10_another_config_is_refused_with_the_keys_that_differ(tmp_path, config):
     with Workdir(tmp_path).writing(config):
         pass
     before = (tmp_path / "config.json").read_bytes()
@@ -49,6 +49,45 @@ def test_another_config_is_refused_with_the_keys_that_differ(tmp_path, config):
     assert 'config.data.path "" -> "x"' in str(caught.value)
     assert "alpha" not in str(caught.value)
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_f10_keys_may_change_where_that_is_asked_for(tmp_path, config):
+    other = with_changes(with_changes(config, "adapter", rank=8), "training", seed=9, keep=1)
+
+    def open_again(allow, config=other):
+        return Workdir(tmp_path).writing(config, allow=allow)
+
+    with Workdir(tmp_path).writing(config) as folder:
+        folder.record_start()
+    with (
+        pytest.raises(UserError, match=r"rank 16.*--allow_config_change=adapter\.rank$") as caught,
+        open_again(["training"]),
+    ):
+        pass
+    assert "seed" not in str(caught.value)
+    assert read_json(tmp_path / "config.json") == to_dict(config)
+    with open_again(["adapter.rank", "training.seed", "training.keep"]) as folder:
+        folder.record_start()
+    assert read_json(tmp_path / "config.json") == to_dict(other)
+    first, second = read_json(tmp_path / "run.json")["starts"]
+    assert "config_changes" not in first
+    assert "config.adapter.rank 16 -> 8" in second["config_changes"]
+    with open_again([]) as folder:  # It is the config of the run now.
+        folder.record_start()
+    assert "config_changes" not in read_json(tmp_path / "run.json")["starts"][-1]
+    with pytest.raises(UserError, match=r"no key 'adapter\.rnk'"), open_again(["adapter.rnk"]):
+        pass
+
+
+def test_f10_a_change_that_turns_out_a_mistake_is_taken_back(tmp_path, config):
+    other = with_changes(config, "adapter", rank=8)
+    with Workdir(tmp_path).writing(config):
+        (tmp_path / "work").write_text("of a run")
+    before = (tmp_path / "config.json").read_bytes()
+    for error, kept in ((UserError("a", "b", "c"), True), (KeyboardInterrupt(), False)):
+        with pytest.raises(type(error)), Workdir(tmp_path).writing(other, allow=["adapter"]):
+            raise error
+        assert ((tmp_path / "config.json").read_bytes() == before) == kept
 
 
 def test_sections_may_be_left_out_of_the_comparison(tmp_path, config):
@@ -75,19 +114,31 @@ def test_a_config_file_that_is_no_json_is_told(tmp_path, config):
         (lambda p: (p / "file").write_text("x") and p / "file" / "run", "Not a directory"),
     ],
 )
-def test_a_folder_that_cannot_be_is_one_clear_line(tmp_path, config, make, told):
+def test_f12_a_folder_that_cannot_be_is_one_clear_line(tmp_path, config, make, told):
     with pytest.raises(UserError, match=told), Workdir(make(tmp_path)).writing(config):
         pass
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder_is_one_clear_line(tmp_path, config):
+def test_f12_a_read_only_folder_is_one_clear_line(tmp_path, config):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot write"), Workdir(tmp_path / "x").writing(config):
         pass
 
 
-def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path, config):
+def test_f12_a_read_only_disk_is_one_clear_line(tmp_path, config):
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    try:
+        for path in (tmp_path, tmp_path / "run"):
+            with pytest.raises(UserError, match="Read-only"), Workdir(path).writing(config):
+                pass
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_f08_a_second_writer_is_refused_and_the_first_goes_on(tmp_path, config):
     with Workdir(tmp_path).writing(config):
         for _ in range(2):
             with (
@@ -99,7 +150,7 @@ def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path, config):
         pass
 
 
-def test_a_writer_in_another_process_is_refused_until_it_is_killed(tmp_path, config):
+def test_f08_a_writer_in_another_process_is_refused_until_it_is_killed(tmp_path, config):
     code = (
         "import sys, time\n"
         "from configs import finetune\n"
@@ -129,7 +180,7 @@ def test_a_writer_in_another_process_is_refused_until_it_is_killed(tmp_path, con
         ("torn", True),
     ],
 )
-def test_a_lock_left_behind(tmp_path, config, owner, free):
+def test_f08_a_lock_left_behind(tmp_path, config, owner, free):
     lock = Workdir(tmp_path).lock
     lock.write_text(owner if owner == "torn" else json.dumps(owner), encoding="utf-8")
     if free:
@@ -140,14 +191,14 @@ def test_a_lock_left_behind(tmp_path, config, owner, free):
             pass
 
 
-def test_the_lock_is_given_back_after_an_error(tmp_path, config):
+def test_f08_the_lock_is_given_back_after_an_error(tmp_path, config):
     with pytest.raises(RuntimeError), Workdir(tmp_path).writing(config):
         raise RuntimeError
     with Workdir(tmp_path).writing(config):
         pass
 
 
-def test_every_start_is_told_and_the_run_keeps_its_id(tmp_path, monkeypatch):
+def test_f13_every_start_is_told_and_the_run_keeps_its_id(tmp_path, monkeypatch):
     first, again, other = (Workdir(tmp_path / name) for name in ("a", "a", "b"))
     monkeypatch.setattr(time, "time", lambda: 1e9)
     ids = [w.record_start(seed=np.int64(3), model={"sha256": "ab"}) for w in (first, again, other)]
@@ -167,7 +218,7 @@ def test_without_git_there_is_no_revision(monkeypatch):
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
-def test_files_are_replaced_whole(tmp_path, monkeypatch, moment):
+def test_f04_files_are_replaced_whole(tmp_path, monkeypatch, moment):
     path = tmp_path / "new" / "file.txt"
     write_text(path, "one")
 
@@ -217,3 +268,14 @@ def test_a_run_that_left_nothing_binds_the_folder_to_no_config(tmp_path, config,
         raise error
     with Workdir(tmp_path).writing(with_changes(config, "training", seed=9)):
         pass
+
+
+def test_f13_a_clock_set_back_overwrites_nothing(tmp_path, monkeypatch):
+    now = 1e9
+    for _ in range(2):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        Workdir(tmp_path).record_start()
+        now -= 3600
+    run = read_json(tmp_path / "run.json")
+    assert [x["time"] for x in run["starts"]] == ["20010909T014640Z", "20010909T004640Z"]
+    assert run["run_id"].startswith("20010909T014640Z-")
