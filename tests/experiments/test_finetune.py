@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ecomjax import trees
+from ecomjax.data import pipeline
 from ecomjax.data.sources import SyntheticSource
 from ecomjax.data.store import Sizes
 from ecomjax.errors import UserError
@@ -271,6 +272,41 @@ def test_f33_a_run_without_a_finite_loss_stops_and_names_the_examples(
     known = {x.id for x in Esci().load(SyntheticSource(0, Sizes(train=24)), "train")}
     assert len(set(ids)) == len(ids) == 12 and set(ids) <= known
     assert [x["train/skipped"] for x in read_jsonl(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 3.0]
+
+
+MESHES = ({"data": 2, "fsdp": 4}, {"data": 2}, {}, {"fsdp": 4})
+"""Of 8 devices, 2, 1 and 4."""
+
+
+@pytest.mark.slow
+def test_f09_a_run_goes_on_on_other_devices(make_config, train, tmp_path, monkeypatch):
+    """24 steps, a quarter of them on each mesh: the examples of one device, and its losses."""
+    plans, shared = [], {"training.epochs": 4, "training.evaluate_every": 100}
+
+    def config(mesh):
+        sizes = {"data": 1, "fsdp": 1} | mesh
+        return make_config(
+            "finetune", changes=shared | {f"mesh.{axis}": size for axis, size in sizes.items()}
+        )
+
+    def iterate(plan, *arguments, **options):
+        steps = ([e for row in plan.step(n) for e in row] for n in range(len(plan)))
+        plans.append([sorted(step) for step in steps])
+        return pipeline.iterate(plan, *arguments, **options)
+
+    monkeypatch.setattr(finetune, "iterate", iterate)
+    train(config({}), tmp_path / "one")
+    for mesh in MESHES[:-1]:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(finetune, "make_train_step", dying_after(6))
+            train(config(mesh), tmp_path / "many")
+    train(config(MESHES[-1]), tmp_path / "many")
+    assert len(plans) == 5 and all(plan == plans[0] for plan in plans)
+    one, many = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "many"))
+    assert [x["step"] for x in many] == [x["step"] for x in one] and len(one) == 25
+    for ours, theirs in zip(many, one, strict=True):
+        for key in ours.keys() & {"train/loss", "validation/loss", "train/target_tokens"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (ours["step"], key)
 
 
 def test_packing_does_not_change_what_is_learnt(make_config, train, trained, tmp_path):

@@ -93,6 +93,14 @@ def framed(raw):
         raw = raw[16 + size :]
 
 
+def test_f13_two_starts_in_a_second_keep_the_events_of_both(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    for step in (1, 2):
+        with MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard") as writer:
+            writer.write(step, {"loss": 1.0})
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
 def test_no_event_file_without_numbers(tmp_path):
     with MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard"):
         pass
