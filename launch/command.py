@@ -88,20 +88,30 @@ def errors_in_one_line() -> Iterator[None]:
     except preemption.Preempted as error:
         _end(str(error), 75)
     except KeyboardInterrupt:
-        # All is given back by now; who is still not patient enough ends the process at once.
+        # All is given back by now. Interrupted twice, a save may still be underway in a thread:
+        # it is left behind unfinished, since no thread may begin anything once Python ends.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        _end("interrupted; the same command resumes", 130)
+        _tell("interrupted; the same command resumes")
+        os._exit(130)
     except BrokenPipeError:
         _discard(sys.stdout)
         _end("nobody reads the output any more; the same command resumes", 141)
 
 
 def _end(line: str, status: int) -> NoReturn:
+    _tell(line)
+    sys.exit(status)
+
+
+def _tell(line: str) -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard(sys.stdout)
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:
         _discard(sys.stderr)
-    sys.exit(status)
 
 
 def _discard(stream: Any) -> None:
