@@ -2,6 +2,8 @@
 
 Exit status 0: done; 2: a mistake of the user, told in one line; 75: preempted, and to be started
 again with the same command; 130: interrupted; 141: nobody reads the output any more.
+
+Where several processes are one run, each is started with the same flags, but for --process.
 """
 
 import contextlib
@@ -27,6 +29,21 @@ CONFIG = config_flags.DEFINE_config_file(
     accept_new_attributes=True,
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same command resumes there.")
+HOSTS = flags.DEFINE_enum(
+    "hosts",
+    None,
+    ["auto"],
+    "This is one of several processes, as TPU VM, SLURM, Open MPI or GKE describes them.",
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of the first of several processes, where nothing does."
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "How many there are, with --coordinator.")
+PROCESS = flags.DEFINE_integer("process", None, "Number of this one from 0, with --coordinator.")
+JOIN_SECONDS = flags.DEFINE_integer("join_seconds", 300, "How long they wait for each other.")
+HEARTBEAT_SECONDS = flags.DEFINE_integer(
+    "heartbeat_seconds", 100, "Silence after which one of them counts as dead, and all end."
+)
 
 
 def main(run: Callable[[Any, str], Any], experiments: Sequence[str]) -> None:
@@ -45,10 +62,26 @@ def main(run: Callable[[Any, str], Any], experiments: Sequence[str]) -> None:
                     f"this command wants a config of {known}, such as configs/{experiments[0]}.py",
                 )
             with preemption.raised():
-                run(config, str(WORKDIR.value))
+                together(lambda: run(config, str(WORKDIR.value)))
             sys.stdout.flush()
 
     app.run(checked, flags_parser=parse)
+
+
+def together(run: Callable[[], Any]) -> None:
+    """Runs what this process and those that its flags name do as one."""
+    from ecomjax.experiments import hosts
+
+    hosts.initialize(
+        HOSTS.value == "auto",
+        COORDINATOR.value,
+        PROCESSES.value,
+        PROCESS.value,
+        JOIN_SECONDS.value,
+        HEARTBEAT_SECONDS.value,
+    )
+    with hosts.ending_together(), errors_in_one_line(), hosts.one_voice():
+        run()
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -120,9 +153,9 @@ def _discard(stream: Any) -> None:
 
 
 def _help() -> str:
-    names = ["config", "workdir"]
-    names += [f.name for f in flags.FLAGS.get_key_flags_for_module(sys.modules["__main__"])]
-    return "\n".join(f"  --{name}: {flags.FLAGS[name].help}" for name in names)
+    names = "config workdir hosts coordinator processes process join_seconds heartbeat_seconds"
+    own = [f.name for f in flags.FLAGS.get_key_flags_for_module(sys.modules["__main__"])]
+    return "\n".join(f"  --{name}: {flags.FLAGS[name].help}" for name in [*names.split(), *own])
 
 
 def _explain(error: Exception, argv: Sequence[str]) -> UserError:

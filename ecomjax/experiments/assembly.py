@@ -69,6 +69,7 @@ def load_base(config: ModelConfig, layout: MeshConfig = ONE_DEVICE) -> Base:
     Quantized or not, its identity is that of the weights as they were loaded.
     """
     mesh = sharding.make_mesh(**dataclasses.asdict(layout))
+    sharding.meet(mesh)
     # What is to be quantized comes to the devices kernel by kernel, and smaller.
     first = mesh if config.quantization == "none" else None
     loaded = load_pretrained(config.name, config.path, config.param_dtype, first)

@@ -13,7 +13,9 @@ from ecomjax.data.encoded import key_of
 from ecomjax.data.progress import counting
 from ecomjax.errors import UserError
 from ecomjax.evaluation.fewshot import fixed_demonstrations, without_leaks
+from ecomjax.evaluation.predict import Prediction
 from ecomjax.evaluation.run import predictions_of_records, score, to_record
+from ecomjax.experiments import hosts
 from ecomjax.experiments.assembly import (
     Base,
     check_overlap,
@@ -98,15 +100,13 @@ def _fewshot(config: IclConfig, folder: Workdir) -> None:
     clean = without_leaks(task, examples, shown)
     for k in sorted({0, best} & {*shots, best}):
         scored(clean, k, split)
-    write_json(
-        folder.path / "eval" / task.name / "shots.json",
-        {
-            "chosen": best,
-            "split": split,
-            "demonstrations": [example.id for example in shown],
-            "excluded": len(examples) - len(clean),
-        },
-    )
+    chosen = {
+        "chosen": best,
+        "split": split,
+        "demonstrations": [example.id for example in shown],
+        "excluded": len(examples) - len(clean),
+    }
+    hosts.on_main(lambda: write_json(folder.path / "eval" / task.name / "shots.json", chosen))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,10 @@ def _scored(
     shown = {id: f"{key_of(text):016x}" for id, text in texts}
     wanted |= {"base": base.identity.sha256, "demonstrations": shown}
     del wanted["batch_size"]  # no score depends on it
-    if path.exists():
+
+    def read() -> dict[str, Any] | None:
+        if not path.exists():
+            return None
         result = read_json(path)
         if result["evaluation"] != wanted:
             raise UserError(
@@ -152,28 +155,34 @@ def _scored(
             )
         check_predictions(result, kept)
         _check_examples(examples, kept)
-        say(_told(asked, name, result))
         return result
-    predictor = make_predictor(base, task, asked.config, settings)
-    progress = counting(len(examples), f"{label} {name}", "example")
-    with sharding.use(base.mesh), progress as on_done:
-        predictions = predictor.predict(variables, examples, demonstrations, on_done)
-    records = [to_record(e, p) for e, p in zip(examples, predictions, strict=True)]
-    write_jsonl(kept, records)
-    result = {
-        "task": label,
-        "name": name,
-        "n": len(examples),
-        "demonstrations": len(demonstrations),
-        "truncated": sum(prediction.lost > 0 for prediction in predictions),
-        "headline": task.headline,
-        "metrics": score(task, predictions, examples, settings.resamples, settings.seed),
-        "predictions_sha256": sha256_of([kept]),
-        "evaluation": wanted,
-        **(facts or {}),
-    }
-    write_json(path, result)
-    result = read_json(path)
+
+    def write(predictions: Sequence[Prediction]) -> dict[str, Any]:
+        records = [to_record(e, p) for e, p in zip(examples, predictions, strict=True)]
+        write_jsonl(kept, records)
+        result = {
+            "task": label,
+            "name": name,
+            "n": len(examples),
+            "demonstrations": len(demonstrations),
+            "truncated": sum(prediction.lost > 0 for prediction in predictions),
+            "headline": task.headline,
+            "metrics": score(task, predictions, examples, settings.resamples, settings.seed),
+            "predictions_sha256": sha256_of([kept]),
+            "evaluation": wanted,
+            **(facts or {}),
+        }
+        write_json(path, result)
+        return read_json(path)
+
+    result = hosts.on_main(read)
+    if result is None:
+        hosts.check_same("examples", [example.id for example in examples])
+        predictor = make_predictor(base, task, asked.config, settings)
+        progress = counting(len(examples), f"{label} {name}", "example")
+        with sharding.use(base.mesh), progress as on_done:
+            predictions = predictor.predict(variables, examples, demonstrations, on_done)
+        result = hosts.on_main(lambda: write(predictions))
     say(_told(asked, name, result))
     return result
 

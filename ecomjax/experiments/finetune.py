@@ -18,6 +18,7 @@ from ecomjax.data.pipeline import iterate, one_pass
 from ecomjax.data.sources import HubSource
 from ecomjax.errors import UserError
 from ecomjax.evaluation.predict import Predictor
+from ecomjax.experiments import hosts
 from ecomjax.experiments.assembly import (
     Base,
     check_overlap,
@@ -42,7 +43,7 @@ from ecomjax.training.guards import Guard
 from ecomjax.training.loop import LoopOptions, fit
 from ecomjax.training.losses import causal_lm
 from ecomjax.training.step import make_loss_pass, make_train_step
-from ecomjax.training.writers import MetricsWriter
+from ecomjax.training.writers import MetricsWriter, NoWriter
 from ecomjax.typing import Adapter, Params
 
 NO_MATTER = (
@@ -112,6 +113,8 @@ def run(config: FinetuneConfig, workdir: str, allow: Sequence[str] = ()) -> None
             "seed": config.training.seed,
             "data": {label: found.facts for label, found in data.items()},
         }
+        hosts.check_same("base", base.identity.sha256)
+        hosts.check_same("data", facts["data"])
         _check_unchanged(facts, folder)
         folder.record_start(**facts)
         say(
@@ -120,7 +123,7 @@ def run(config: FinetuneConfig, workdir: str, allow: Sequence[str] = ()) -> None
         )
         with sharding.use(base.mesh):
             best = _train(config, base, data, train, plan, folder)
-        write_adapter(folder.adapter, best, base.config, base.identity)
+        hosts.on_main(lambda: write_adapter(folder.adapter, best, base.config, base.identity))
 
 
 def _prepare(
@@ -266,7 +269,7 @@ def _train(
     def report(steps: Sequence[int]) -> str:
         rows = {step: plan.step(step - 1) for step in steps}
         ids = {step: [train[i].id for row in found for i in row] for step, found in rows.items()}
-        write_json(folder.skipped, ids)
+        hosts.on_main(lambda: write_json(folder.skipped, ids))
         return str(folder.skipped)
 
     every = settings.evaluate_every
@@ -280,7 +283,8 @@ def _train(
         patience=settings.patience,
     )
     checkpoints = Checkpoints(folder.checkpoints, settings.keep)
-    with MetricsWriter(folder.metrics, folder.tensorboard) as writer:
+    told = MetricsWriter(folder.metrics, folder.tensorboard) if hosts.is_main() else NoWriter()
+    with told as writer:
         selection = fit(
             state,
             frozen,

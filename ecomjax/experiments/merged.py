@@ -16,6 +16,7 @@ from ecomjax.adapters.similarity import compare
 from ecomjax.adapters.weights import Weight
 from ecomjax.data.progress import counting
 from ecomjax.errors import UserError
+from ecomjax.experiments import hosts
 from ecomjax.experiments.assembly import load_base, say
 from ecomjax.experiments.config import MergedConfig
 from ecomjax.experiments.figures import heat_map
@@ -68,6 +69,8 @@ def run(config: MergedConfig, workdir: str) -> None:
     """
     if not config.adapters:
         raise UserError("no adapters", "config.adapters", "name one or more")
+    if hosts.several():
+        raise UserError("merging is the work of one process", workdir, "start the command once")
     options = options_of(config)
     folders = [_find(path) for path in config.adapters]
     weights = _weights(config, options)

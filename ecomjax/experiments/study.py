@@ -15,7 +15,7 @@ import numpy as np
 from ecomjax.evaluation.floors import floors
 from ecomjax.evaluation.predict import Prediction
 from ecomjax.evaluation.run import Score, score
-from ecomjax.experiments import evaluate, finetune, report
+from ecomjax.experiments import evaluate, finetune, hosts, report
 from ecomjax.experiments.assembly import load_examples, say
 from ecomjax.experiments.config import StudyConfig
 from ecomjax.experiments.files import read_json, write_jsonl, write_text
@@ -85,12 +85,17 @@ def run(config: StudyConfig, workdir: str) -> None:
             evaluate.run(config.icl[name], str(few_shot.path))
             finetune.run(config.finetune[name], str(tuned.path))
             evaluate.run(config.finetune[name], str(tuned.path))
-        scores = [_collect(config, name, study) for name in config.tasks]
-        write_jsonl(study.results, [line for s in scores for line in _lines(s)])
-        text = report.render(config, scores, read_json(study.run), _base(study, config))
-        write_text(study.report, text)
-        print(report.tables(config, scores))
-        say(f"report: {study.report}")
+        hosts.on_main(lambda: _report(config, study))
+
+
+def _report(config: StudyConfig, study: Workdir) -> None:
+    """Puts together what the runs have written."""
+    scores = [_collect(config, name, study) for name in config.tasks]
+    write_jsonl(study.results, [line for s in scores for line in _lines(s)])
+    text = report.render(config, scores, read_json(study.run), _base(study, config))
+    write_text(study.report, text)
+    print(report.tables(config, scores))
+    say(f"report: {study.report}")
 
 
 def _folders(study: Workdir, task: str) -> tuple[Workdir, Workdir]:

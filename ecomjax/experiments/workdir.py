@@ -30,6 +30,7 @@ from typing import Any
 
 from ecomjax import __version__
 from ecomjax.errors import UserError
+from ecomjax.experiments import hosts
 from ecomjax.experiments.config import to_dict, to_json
 from ecomjax.experiments.files import (
     cannot_write,
@@ -92,6 +93,8 @@ class Workdir:
     ) -> Iterator[Workdir]:
         """Holds the folder as its only writer, made new or made by the same config.
 
+        Of several processes the first holds it for all.
+
         Args:
             config: the config dataclass of this run.
             ignore: keys such as "evaluation" (with all below them) that may differ from the
@@ -100,16 +103,24 @@ class Workdir:
                 holds the new values, and run.json says so. None: there is no way to ask for it.
 
         Raises:
-            UserError: the folder cannot be written, holds another config, or has a writer.
+            UserError: the folder cannot be written, holds another config, or has a writer; not
+                all processes see it.
         """
+        old: bytes | None = b""  # of config.json; what there was, the first process alone knows
+
+        def take() -> None:
+            nonlocal old
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                _acquire(self.lock)
+            except OSError as error:
+                raise cannot_write(self.path, error) from error
+            old = self.config.read_bytes() if self.config.exists() else None
+
+        hosts.on_main(take)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            held = _acquire(self.lock)
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
-        old = self.config.read_bytes() if self.config.exists() else None
-        try:
-            self._match_config(config, ignore, allow)
+            hosts.check_shared(self.lock)
+            hosts.on_main(lambda: self._match_config(config, ignore, allow))
             yield self
         except BaseException as error:
             # A mistake mended, such as a path, is another config: it may have the same folder.
@@ -120,8 +131,9 @@ class Workdir:
                 write_bytes(self.config, old)
             raise
         finally:
-            with contextlib.suppress(OSError):
-                os.truncate(held, 0)
+            if hosts.is_main():
+                with contextlib.suppress(OSError):
+                    os.truncate(self.lock, 0)
 
     def record_start(self, **facts: Any) -> str:
         """Writes to run.json that the command has started now; returns the id of the run.
@@ -129,6 +141,9 @@ class Workdir:
         Args:
             **facts: what else describes the run: seed, model identity, data fingerprints, ...
         """
+        return hosts.on_main(lambda: self._record(facts))
+
+    def _record(self, facts: Mapping[str, Any]) -> str:
         run = read_json(self.run) if self.run.exists() else {}
         now = time.time()
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
@@ -214,7 +229,7 @@ def git_revision() -> str | None:
         return None
 
 
-def _acquire(path: Path) -> Path:
+def _acquire(path: Path) -> None:
     """Writes this process into the lock file, unless a living one stands there.
 
     The owner's start time stands beside its pid, since pids are used again. The file is emptied
@@ -236,7 +251,6 @@ def _acquire(path: Path) -> Path:
         file.truncate(0)
         me = {"host": here, "pid": os.getpid(), "born": _birth(os.getpid())}
         file.write(json.dumps(me))
-    return path
 
 
 @contextlib.contextmanager
