@@ -3,17 +3,22 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from ecomjax.errors import UserError
 from ecomjax.experiments import hosts
+from ecomjax.experiments.files import read_json, read_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
+HEARTBEAT = 12
+"""Seconds; on a machine with more to do than cores, a living process may be silent for some."""
 
 
 @pytest.mark.parametrize(
@@ -225,3 +230,94 @@ def test_processes_agree_and_end_together(tmp_path):
     assert second == 2 and "error: what: where; remedy\n" in mistake
     assert first not in (0, 2)
     assert "VOICE" in main and "VOICE" not in other
+
+
+def launched(main: str, base: Path, workdir: Path, processes: int) -> list[subprocess.Popen[str]]:
+    """A command on four devices, of one process or two."""
+    command = ["-m", f"launch.{main}", "--config=configs/finetune.py:esci,smoke"]
+    command += [f"--workdir={workdir}", f"--config.model.path={base}"]
+    changes = {"data.train_size": 24, "training.epochs": 2, "training.batch_size": 8}
+    changes |= {"training.checkpoint_every": 2, "adapter.dropout": 0.1}
+    command += [f"--config.{key}={value}" for key, value in changes.items()]
+    if processes == 1:
+        return [start(command, 4)]
+    command += [f"--coordinator=127.0.0.1:{free_port()}", f"--processes={processes}"]
+    command += [f"--heartbeat_seconds={HEARTBEAT}"]
+    return [start([*command, f"--process={i}"], 4 // processes) for i in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_base, tmp_path_factory):
+    """The same training and evaluation by one process and by two: folders, and what was told."""
+    folder = tmp_path_factory.mktemp("runs")
+    told = []
+    for processes in (1, 2):
+        for main in ("train", "evaluate"):
+            outputs = finished(launched(main, tiny_base, folder / str(processes), processes))
+            told.append([err for _, err in outputs])
+    return folder / "1", folder / "2", told
+
+
+def steps_of(workdir: Path) -> list[dict]:
+    return read_jsonl(workdir / "metrics.jsonl")
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_evaluate_like_one(runs):
+    one, two, told = runs
+    alone, together = steps_of(one), steps_of(two)
+    assert [line["step"] for line in together] == [line["step"] for line in alone]
+    assert len(alone) == 8, "six steps and two evaluations"
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, nan_ok=True)
+    for name in ("test.metrics.json", "test.predictions.jsonl"):
+        ours, theirs = ((run / "eval" / "esci" / name).read_bytes() for run in (two, one))
+        assert ours == theirs
+
+    files = [[p.relative_to(run).as_posix() for p in run.rglob("*")] for run in (one, two)]
+    tidy = [[n for n in names if "/state" not in n and "events" not in n] for names in files]
+    assert sorted(tidy[1]) == sorted(tidy[0])
+    assert sum("events" in name for name in files[1]) == 1
+    starts = read_json(two / "run.json")["starts"]
+    assert [start["processes"] for start in starts] == [2]
+    for main in (2, 3):
+        first, second = told[main]
+        assert "esci" in first and "esci" not in second and "error" not in first + second
+
+
+def wait_for(path: Path, processes: list[subprocess.Popen[str]]) -> None:
+    deadline = time.monotonic() + 240
+    while not path.exists() and time.monotonic() < deadline:
+        assert all(process.poll() is None for process in processes), ended(processes)
+        time.sleep(0.01)
+    assert path.exists()
+
+
+@pytest.mark.slow
+def test_f51_a_process_that_dies_ends_the_other_and_the_same_command_resumes(
+    runs, tiny_base, tmp_path
+):
+    run, (_, whole, _) = tmp_path / "run", runs
+    for victim, step in ((1, 2), (0, 4)):
+        processes = launched("train", tiny_base, run, 2)
+        wait_for(run / "checkpoints" / f"{step:08d}", processes)
+        processes[victim].kill()
+        (status, _, told) = ended(processes, HEARTBEAT + 30)[1 - victim]
+        assert status not in (0, 75), told
+        assert not (run / "adapter").exists()
+    finished(launched("train", tiny_base, run, 2))
+    assert steps_of(run) == steps_of(whole)
+    assert len(read_json(run / "run.json")["starts"]) == 3
+
+
+@pytest.mark.slow
+def test_f03_a_preemption_of_all_processes_saves_and_ends_with_75(runs, tiny_base, tmp_path):
+    processes = launched("train", tiny_base, tmp_path / "run", 2)
+    wait_for(tmp_path / "run" / "checkpoints" / "00000002", processes)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    assert [status for status, *_ in ended(processes)] == [75, 75]
+    told = steps_of(tmp_path / "run")
+    _, whole, _ = runs
+    assert told == steps_of(whole)[: len(told)] and len(told) < len(steps_of(whole))
+    assert (tmp_path / "run" / "checkpoints" / f"{told[-1]['step']:08d}").is_dir()
