@@ -328,7 +328,7 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
         UserError: the rows of this process do not lie side by side.
     """
     parts = row_parts(mesh)
-    held = _rows_sharding(mesh).addressable_devices_indices_map((parts,))
+    held = rows_sharding(mesh).addressable_devices_indices_map((parts,))
     first = {(cut or (slice(0),))[0].start or 0 for cut in held.values()}
     start, count = min(first), len(first)
     if first != set(range(start, start + count)) or start % count or parts % count:
@@ -340,7 +340,8 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
     return start // count, parts // count
 
 
-def _rows_sharding(mesh: Any, axis: int = 0) -> NamedSharding:
+def rows_sharding(mesh: Any, axis: int = 0) -> NamedSharding:
+    """Rows along `axis` are split, and nothing else."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, RULES["batch"]))
 
 
@@ -364,7 +365,7 @@ def shard_rows(batch: Any, mesh: Mesh, axis: int = 0, share: bool = False) -> An
             "config.mesh",
             f"use a multiple of the sizes of {', '.join(RULES['batch'] or ())}, multiplied",
         )
-    sharding = _rows_sharding(mesh, axis)
+    sharding = rows_sharding(mesh, axis)
 
     def place(x: Any) -> jax.Array:
         x = np.asarray(x)

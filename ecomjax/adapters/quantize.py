@@ -236,6 +236,8 @@ def quantize(
                 "use int8, or a pattern without this kernel",
             )
         flat[path] = place(path, quantize_kernel(kernel, of, kind))
+        if isinstance(flat[path].scales[0], jax.core.Tracer):
+            continue  # Of shapes alone, under `jax.eval_shape`.
         # What is not finite in a kernel is not in its scales.
         if not all(jnp.isfinite(x).all() for x in flat[path].scales):
             raise UserError("weights that are not finite", path, "mend the weights of the base")

@@ -39,7 +39,7 @@ class GenerateOptions(Limits):
         sampling.check(self.temperature, self.top_p)
 
 
-class _Decoding(flax.struct.PyTreeNode):
+class Decoding(flax.struct.PyTreeNode):
     """What the loop carries."""
 
     drawn: Int[Array, ""]
@@ -54,54 +54,69 @@ class _Decoding(flax.struct.PyTreeNode):
     cache: KVCache
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _decode(
+def begin(
     model: nn.Module, options: GenerateOptions, variables: Any, rows: Rows, keys: Any
-) -> tuple[Int[Array, "B max_new"], Float[Array, "B max_new"]]:
-    """Tokens drawn for each row, and their log-probabilities."""
+) -> Decoding:
+    """The prompts filled in, and the first token drawn."""
     batch = rows.tokens.shape[0]
     hidden, cache = prefill(model, variables, rows, options.max_new_tokens)
-
-    def draw(hidden, number):
-        logits: Any = model.apply(variables, hidden, rows.adapter, method="logits")
-        row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-        chosen = sampling.sample(logits[:, 0], row_keys, options.temperature, options.top_p)
-        picked = jnp.take_along_axis(logits[:, 0], chosen[:, None], axis=-1)[:, 0]
-        return chosen, picked - jax.nn.logsumexp(logits[:, 0], axis=-1)
-
-    def write(buffer, column, number):
-        return jax.lax.dynamic_update_slice(buffer, column[:, None], (0, number))
-
-    first, log_probability = draw(hidden, 0)
-    state = _Decoding(
+    first, log_probability = _draw(model, options, variables, rows, keys, hidden, 0)
+    return Decoding(
         drawn=jnp.ones((), jnp.int32),
         last=first,
         ended=first == options.end,
-        tokens=write(jnp.full((batch, options.max_new_tokens), options.end, jnp.int32), first, 0),
-        log_probabilities=write(
+        tokens=_write(jnp.full((batch, options.max_new_tokens), options.end, jnp.int32), first, 0),
+        log_probabilities=_write(
             jnp.zeros((batch, options.max_new_tokens), jnp.float32), log_probability, 0
         ),
         cache=cache,
     )
 
-    def body(s: _Decoding) -> _Decoding:
-        hidden, cache = follow(model, variables, rows, s.last, s.drawn, s.cache)
-        token, log_probability = draw(hidden, s.drawn)
-        token = jnp.where(s.ended, options.end, token)
-        log_probability = jnp.where(s.ended, 0.0, log_probability)
-        return _Decoding(
-            drawn=s.drawn + 1,
-            last=token,
-            ended=s.ended | (token == options.end),
-            tokens=write(s.tokens, token, s.drawn),
-            log_probabilities=write(s.log_probabilities, log_probability, s.drawn),
-            cache=cache,
-        )
 
-    def unfinished(s: _Decoding):
+def step(
+    model: nn.Module, options: GenerateOptions, variables: Any, rows: Rows, keys: Any, s: Decoding
+) -> Decoding:
+    """One more token drawn for every row."""
+    hidden, cache = follow(model, variables, rows, s.last, s.drawn, s.cache)
+    token, log_probability = _draw(model, options, variables, rows, keys, hidden, s.drawn)
+    token = jnp.where(s.ended, options.end, token)
+    log_probability = jnp.where(s.ended, 0.0, log_probability)
+    return Decoding(
+        drawn=s.drawn + 1,
+        last=token,
+        ended=s.ended | (token == options.end),
+        tokens=_write(s.tokens, token, s.drawn),
+        log_probabilities=_write(s.log_probabilities, log_probability, s.drawn),
+        cache=cache,
+    )
+
+
+def _draw(model, options, variables, rows, keys, hidden, number):
+    """Tokens and their log-probabilities."""
+    logits: Any = model.apply(variables, hidden, rows.adapter, method="logits")
+    row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+    chosen = sampling.sample(logits[:, 0], row_keys, options.temperature, options.top_p)
+    picked = jnp.take_along_axis(logits[:, 0], chosen[:, None], axis=-1)[:, 0]
+    return chosen, picked - jax.nn.logsumexp(logits[:, 0], axis=-1)
+
+
+def _write(buffer, column, number):
+    return jax.lax.dynamic_update_slice(buffer, column[:, None], (0, number))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _decode(
+    model: nn.Module, options: GenerateOptions, variables: Any, rows: Rows, keys: Any
+) -> tuple[Int[Array, "B max_new"], Float[Array, "B max_new"]]:
+    """Tokens drawn for each row, and their log-probabilities."""
+
+    def unfinished(s: Decoding):
         return (s.drawn < options.max_new_tokens) & ~s.ended.all()
 
-    state = jax.lax.while_loop(unfinished, body, state)
+    state = begin(model, options, variables, rows, keys)
+    state = jax.lax.while_loop(
+        unfinished, partial(step, model, options, variables, rows, keys), state
+    )
     # Every process reads the answers of all.
     return constrain(state.tokens, (None, None)), constrain(state.log_probabilities, (None, None))
 

@@ -23,9 +23,10 @@ from ecomjax.typing import Batch, KVCache
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _score(
+def score_rows(
     model: nn.Module, labels: int, variables: Any, start: KVCache, batch: Batch, adapter: Any
 ) -> Float[jax.Array, "B labels"]:
+    """Log-likelihood of each label, the segments 1, 2, ... of the rows."""
     seen = prefixes.of_rows(start, adapter)
     likelihood = token_log_likelihood(model, variables, batch, seen, adapter_index=adapter)
     segments = jnp.arange(1, labels + 1, dtype=jnp.int32)
@@ -85,7 +86,7 @@ def label_log_likelihoods(
     for indices in by_length(prompts, batch_size):
         batch = _label_rows([prompts[i][offset:] for i in indices], labels, offset)
         own = adapters_of(indices, adapters)
-        found = _score(model, len(labels), variables, start, batch, own)
+        found = score_rows(model, len(labels), variables, start, batch, own)
         scores[indices] = jax.device_get(found)
         on_done(len(set(indices)))
     return scores

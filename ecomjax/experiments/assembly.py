@@ -73,16 +73,7 @@ def load_base(config: ModelConfig, layout: MeshConfig = ONE_DEVICE) -> Base:
     # What is to be quantized comes to the devices kernel by kernel, and smaller.
     first = mesh if config.quantization == "none" else None
     loaded = load_pretrained(config.name, config.path, config.param_dtype, first)
-    known = {field.name for field in dataclasses.fields(loaded.config)}
-    ours = {key: value for key, value in dataclasses.asdict(config).items() if key in known}
-    shape = dataclasses.replace(loaded.config, **ours)
-    module = registry.build(shape)
-    if not isinstance(module, Decoder):
-        raise UserError(
-            f"{config.name!r} is a {type(module).__name__}, which does not continue text",
-            config.path or "model.name",
-            "use a decoder, such as those of configs/models.py from smollm2_135m to gpt2_xl",
-        )
+    shape, module = configured(loaded.config, config)
     _, axes = registry.describe(module)
     params = loaded.params
     if config.quantization != "none":
@@ -104,6 +95,25 @@ def load_base(config: ModelConfig, layout: MeshConfig = ONE_DEVICE) -> Base:
     if mesh.size > 1:
         _tell_mesh(mesh, params, fallbacks)
     return Base(shape, module, params, axes, loaded.tokenizer, identity, mesh)
+
+
+def configured(shape: Any, config: ModelConfig) -> tuple[Any, Decoder]:
+    """The shape of a model with the numerics of the config, and its module.
+
+    Raises:
+        UserError: the model is no decoder.
+    """
+    known = {field.name for field in dataclasses.fields(shape)}
+    ours = {key: value for key, value in dataclasses.asdict(config).items() if key in known}
+    shape = dataclasses.replace(shape, **ours)
+    module = registry.build(shape)
+    if not isinstance(module, Decoder):
+        raise UserError(
+            f"{config.name!r} is a {type(module).__name__}, which does not continue text",
+            config.path or "model.name",
+            "use a decoder, such as those of configs/models.py from smollm2_135m to gpt2_xl",
+        )
+    return shape, module
 
 
 def _placed(axes: Params, mesh: Mesh, path: str, kernel: Any) -> Any:

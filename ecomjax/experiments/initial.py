@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,10 +85,25 @@ def init_state(
         key: that dropout is drawn from.
         mesh: that the state lies on.
     """
+    begin, _, lies = _begin(trained, optimizer, key, mesh)
+    return jax.jit(begin, out_shardings=lies)(trained, key), lies
+
+
+def describe_state(
+    trained: Any, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """What `init_state` returns, with shapes in place of arrays; also of shapes on the mesh."""
+    return _begin(trained, optimizer, key, mesh)[1:]
+
+
+def _begin(
+    trained: Any, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh
+) -> tuple[Callable[[Any, jax.Array], TrainState], TrainState, TrainState]:
+    """What makes the state, the shapes of its arrays, and where they lie."""
 
     def begin(trained: Any, key: jax.Array) -> TrainState:
         return new_state(trained, optimizer, key)
 
     shapes = jax.eval_shape(begin, trained, key)
     lies = sharding.state_shardings(shapes, jax.tree.map(lambda x: x.sharding, trained), mesh)
-    return jax.jit(begin, out_shardings=lies)(trained, key), lies
+    return begin, shapes, lies
