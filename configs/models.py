@@ -17,6 +17,7 @@ PRESETS = {
     "llama2_70b": BFLOAT16,
     "llama3_1_8b": BFLOAT16,
     "llama3_1_70b": BFLOAT16,
+    "llama3_3_70b": BFLOAT16,
     "llama3_2_1b": BFLOAT16,
     "llama3_2_3b": BFLOAT16,
     "mistral_7b": BFLOAT16,

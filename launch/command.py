@@ -45,6 +45,9 @@ HEARTBEAT_SECONDS = flags.DEFINE_integer(
     "heartbeat_seconds", 100, "Silence after which one of them counts as dead, and all end."
 )
 
+OF_SEVERAL = ("hosts", "coordinator", "processes", "process", "join_seconds", "heartbeat_seconds")
+"""Flags of a command that several processes can run as one."""
+
 
 def main(run: Callable[[Any, str], Any], experiments: Sequence[str]) -> None:
     """Runs `run(config, workdir)` on the flags; `experiments` are those it can do."""
@@ -53,14 +56,7 @@ def main(run: Callable[[Any, str], Any], experiments: Sequence[str]) -> None:
         # Orbax tells every file it writes; what a run has to tell, it prints.
         logging.set_verbosity(logging.WARNING)
         with errors_in_one_line():
-            config = from_config(CONFIG.value)
-            if config.experiment not in experiments:
-                known = " or ".join(experiments)
-                raise UserError(
-                    f"experiment {config.experiment}",
-                    "config.experiment",
-                    f"this command wants a config of {known}, such as configs/{experiments[0]}.py",
-                )
+            config = checked_config(experiments)
             with preemption.raised():
                 together(lambda: run(config, str(WORKDIR.value)))
             sys.stdout.flush()
@@ -84,10 +80,37 @@ def together(run: Callable[[], Any]) -> None:
         run()
 
 
-def parse(argv: list[str]) -> list[str]:
-    """The flags set from `argv`, or one line on what is wrong with it."""
+def checked_config(experiments: Sequence[str]) -> Any:
+    """The config that the flag names.
+
+    Raises:
+        UserError: a mistake in it, or an experiment that is not one of those.
+    """
+    config = from_config(CONFIG.value)
+    if config.experiment not in experiments:
+        known = " or ".join(experiments)
+        raise UserError(
+            f"experiment {config.experiment}",
+            "config.experiment",
+            f"this command wants a config of {known}, such as configs/{experiments[0]}.py",
+        )
+    return config
+
+
+def parse(
+    argv: list[str],
+    required: Sequence[str] = ("config", "workdir"),
+    words: bool = False,
+) -> list[str]:
+    """What of `argv` is no flag, the flags set; or one line on what is wrong with it.
+
+    Args:
+        argv: the command line.
+        required: flags without which there is nothing to do.
+        words: whether there may be anything but flags.
+    """
     if {"--help", "-help", "-h"} & set(argv):
-        print(f"{sys.modules['__main__'].__doc__}\nflags:\n{_help()}")
+        print(f"{sys.modules['__main__'].__doc__}\nflags:\n{_help(required)}")
         sys.exit(0)
     with errors_in_one_line():
         try:
@@ -103,12 +126,12 @@ def parse(argv: list[str]) -> list[str]:
             SyntaxError,
         ) as error:
             raise _explain(error, argv) from error
-        for name in ("config", "workdir"):
+        for name in required:
             if not flags.FLAGS[name].value:
                 raise UserError("missing flag", f"--{name}", "see --help")
-        if rest:
+        if rest and not words:
             raise UserError("not a flag", rest[0], "see --help")
-    return argv[:1]
+    return [*argv[:1], *rest]
 
 
 @contextlib.contextmanager
@@ -152,10 +175,10 @@ def _discard(stream: Any) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _help() -> str:
-    names = "config workdir hosts coordinator processes process join_seconds heartbeat_seconds"
+def _help(names: Sequence[str]) -> str:
     own = [f.name for f in flags.FLAGS.get_key_flags_for_module(sys.modules["__main__"])]
-    return "\n".join(f"  --{name}: {flags.FLAGS[name].help}" for name in [*names.split(), *own])
+    told = dict.fromkeys(["config", *names, *own, *(OF_SEVERAL if "workdir" in names else ())])
+    return "\n".join(f"  --{name}: {flags.FLAGS[name].help}" for name in told)
 
 
 def _explain(error: Exception, argv: Sequence[str]) -> UserError:

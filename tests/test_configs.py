@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 from ml_collections import ConfigDict
 
-from configs import common, finetune, icl, merged, models, study
+from configs import common, finetune, icl, merged, models, plans, study
 from ecomjax.experiments.config import from_config, to_dict
 from ecomjax.hf import presets
 
@@ -16,6 +16,7 @@ ALL = [
     ),
     (study, "quickstart"),
     (study, "smoke"),
+    *((plans, name) for name in plans.PLANS),
     (merged, ""),
     (merged, "llama2_7b"),
     (merged, "esci+queryner,smollm2_360m"),
@@ -82,6 +83,7 @@ def test_smoke_is_smaller():
         (icl, "esci,smoke,llama9", "configs/models.py"),
         (study, "queryner", "configs/study.py:quickstart"),
         (merged, "llama9", "configs/merged.py:llama2_7b"),
+        (plans, "llama2_7b", "configs/plans.py:llama2_7b_lora"),
     ],
 )
 def test_an_unknown_argument_lists_the_known_ones(module, arg, told):

@@ -36,7 +36,7 @@ def test_help_shows_the_flags(main):
     assert "--config" in out and "--workdir" in out
 
 
-@pytest.mark.parametrize("main", ["train", "evaluate", "merge", "study"])
+@pytest.mark.parametrize("main", ["train", "evaluate", "merge", "study", "plan"])
 def test_help_is_fast_because_jax_is_not_imported(main):
     code = (
         f"import sys, launch.{main}; print(sorted({{'jax', 'flax', 'orbax'}} & set(sys.modules)))"
@@ -269,3 +269,29 @@ def test_benchmark_tells_mistakes_in_one_line(arguments, told):
     _, err = call("benchmark", *arguments, status=2)
     *_, last = err.splitlines()
     assert last.startswith("error: ") and told in last
+
+
+def test_plan_shows_what_it_takes_and_how_it_counts():
+    out, _ = call("plan", "--help", status=0)
+    for told in ("python -m launch.plan --all", "--topology", "--json", "--slots", "trip count"):
+        assert told in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "nothing to plan"),
+        (["llama2_7b"], "unknown plan 'llama2_7b': configs/plans.py; choose of llama2_7b_lora,"),
+        ([FINETUNE], "give it a --topology"),
+        ([FINETUNE, "--topology=cuda", "--all"], "a config is planned alone"),
+        ([MERGED, "--topology=cuda"], "this command wants a config of finetune or icl"),
+        (["--config=configs/plans.py:x", "--topology=cuda"], "configs/plans.py:llama2_7b_lora"),
+        ([FINETUNE, "--topology=cuda"], "no CUDA device here"),
+        (["--al"], "al"),
+    ],
+)
+def test_plan_tells_mistakes_in_one_line(arguments, told):
+    out, err = call("plan", *arguments, status=2)
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert told in err

@@ -25,7 +25,7 @@ MAY_IMPORT = {
         *("errors", "preemption", "typing", "trees", "sharding", "models", "adapters", "data"),
     },
     "evaluation": {"errors", "typing", "data", "models", "decoding", "tasks", "metrics"},
-    "launch": {"errors", "preemption", "experiments"},
+    "launch": {"errors", "preemption", "experiments", "configs"},
     "configs": {"tasks"},
 }
 ROOMS = {*MAY_IMPORT, "experiments"}

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import flax.struct
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int8, UInt8
@@ -236,7 +237,7 @@ def quantize(
                 "use int8, or a pattern without this kernel",
             )
         flat[path] = place(path, quantize_kernel(kernel, of, kind))
-        if isinstance(flat[path].scales[0], jax.core.Tracer):
+        if isinstance(kernel, jax.core.Tracer):
             continue  # Of shapes alone, under `jax.eval_shape`.
         # What is not finite in a kernel is not in its scales.
         if not all(jnp.isfinite(x).all() for x in flat[path].scales):

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 
 from ecomjax.experiments.chips import Chip
 from ecomjax.experiments.hlo import Computation, Instruction, Program
@@ -68,7 +68,7 @@ def measure(program: Program, chip: Chip, ragged: float = 1.0) -> Costs:
             says what all of them would cost, and leaves out the rest.
     """
     flops = traffic = busy = 0.0
-    sent: Counter[str] = Counter()
+    sent: dict[str, float] = defaultdict(float)
     for run in program.runs():
         for each in run.computation.instructions.values():
             if found := _sent(program, run.computation, each, run.fused):

@@ -246,6 +246,9 @@ PRESETS = {
     "llama3_1_70b": Preset(
         "meta-llama/Llama-3.1-70B-Instruct", _llama3(8192, 80, 64, 28672, 8.0), 70_553_706_496
     ),
+    "llama3_3_70b": Preset(
+        "meta-llama/Llama-3.3-70B-Instruct", _llama3(8192, 80, 64, 28672, 8.0), 70_553_706_496
+    ),
     "llama3_2_1b": Preset(
         "meta-llama/Llama-3.2-1B-Instruct",
         _llama3(2048, 16, 32, 8192, 32.0, True, head_dim=64),
