@@ -92,7 +92,7 @@ def load_base(config: ModelConfig, layout: MeshConfig = ONE_DEVICE) -> Base:
             f"{config.quantization}: linear layers take {of_kernels:.3f} of their bytes in "
             f"bfloat16, the whole model {of_model:.3f}"
         )
-    if mesh.size > 1:
+    if jax.device_count() > 1:
         _tell_mesh(mesh, params, fallbacks)
     return Base(shape, module, params, axes, loaded.tokenizer, identity, mesh)
 

@@ -10,7 +10,7 @@ from ecomjax.data.store import Sizes
 from ecomjax.errors import UserError
 from ecomjax.experiments import assembly
 from ecomjax.experiments.assembly import choose, load_base, load_examples, make_source
-from ecomjax.experiments.sections import DataConfig
+from ecomjax.experiments.sections import DataConfig, MeshConfig
 from ecomjax.hf.checkpoints import load_pretrained
 from ecomjax.hf.files import sha256_of
 from ecomjax.models.bert import BertConfig
@@ -64,7 +64,7 @@ def test_the_base_is_told_loaded_once_and_as_the_config_says(make_config, tiny_b
     base = load_base(config)
     assert load_base(config) is base
     told = capsys.readouterr().err
-    assert told.count("\n") == 1
+    assert told.count("\n") == 2 and "mesh of 1 of 8 devices" in told
     sha256 = sha256_of([tiny_base / "model.safetensors"])
     assert f"from local: {tiny_base} ({sha256[:12]})" in told
     assert base.identity.sha256 == sha256
@@ -77,6 +77,18 @@ def test_the_base_is_told_loaded_once_and_as_the_config_says(make_config, tiny_b
     )
     assert other.params["layers"]["attn"]["q"]["kernel"].dtype == "bfloat16"
     assert other.config.remat == "full" and other.config.param_dtype == "bfloat16"
+
+
+def test_the_mesh_and_what_it_does_not_split_are_told(make_config, capsys):
+    load_base.cache_clear()
+    base = load_base(make_config("finetune").model, MeshConfig(data=1, fsdp=2, tensor=4))
+    told = capsys.readouterr().err
+    assert "mesh of 8 of 8 devices: data 1, fsdp 2, tensor 4, expert 1" in told
+    assert "layers/attn/q/kernel: heads of 2 does not divide over 4" in told
+    assert "layers/attn/k/kernel: kv_heads of 1 does not divide over 4" in told
+    kernel = base.params["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 8, 8)
+    load_base.cache_clear()
 
 
 def test_a_base_must_continue_text(make_config, monkeypatch):
