@@ -88,6 +88,9 @@ class Linear(nn.Module):
             )
             init = declare(init, self.axes, self.inputs)
             kernel = self.param("kernel", init, (*d_in, *self.out), self.param_dtype)
+        if isinstance(kernel, FrozenKernel):
+            # Gathered as it is stored, and not as what it stands for, which is larger.
+            kernel = jax.tree.map(lambda part: constrain(part, self.axes), kernel)
         x = x.reshape(*x.shape[: x.ndim - self.inputs], -1).astype(self.dtype)
         y, matrix = multiply(x, kernel)
         if self.has_variable("lora", "kernel"):

@@ -19,10 +19,11 @@ from ecomjax.models import registry
 from ecomjax.models.llama import LlamaConfig
 from ecomjax.training.losses import adapted, causal_lm, whole
 from ecomjax.training.step import make_train_step
+from ecomjax.typing import FrozenKernel
 
 pytestmark = pytest.mark.slow
 
-SHAPE = {"vocab_size": 64, "width": 32, "layers": 2, "head_dim": 8, "ffn": 64}
+SHAPE = {"vocab_size": 80, "width": 32, "layers": 2, "head_dim": 8, "ffn": 96}
 MODELS = {
     "divides": LlamaConfig(**SHAPE, heads=8, kv_heads=4),
     # As SmolLM2-135M: no mesh axis but of size 1 or 3 divides these heads.
@@ -167,10 +168,18 @@ def check_gathers(run):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if "layers" in str(path) and leaf.ndim > 2
     }
-    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", run.text)
-    shapes = {tuple(map(int, dims.split(","))) for dims in gathered}
+    found = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather", run.text)
+    gathered = {(kind, tuple(map(int, dims.split(",")))) for kind, dims in found}
+    shapes = {shape for _, shape in gathered}
     if run.mesh.shape["fsdp"] > 1:
         assert shapes, "the layers are gathered one by one"
+        kernels = trees.flatten(run.frozen.get("params", {}))
+        quantized = [k for path, k in kernels.items() if isinstance(k, FrozenKernel)]
+        sizes = {np.prod(k.shape[1:]) // run.mesh.shape["tensor"] for k in quantized}
+        floats = {shape for kind, shape in gathered if kind in ("f32", "bf16")}
+        if quantized:
+            assert "u8" in {kind for kind, _ in gathered}
+            assert not sizes & {np.prod(shape) for shape in floats}
     layers = SHAPE["layers"]
     for shape in shapes:
         assert shape not in stacks
