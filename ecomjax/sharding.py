@@ -286,11 +286,13 @@ def shardings(specs: Params, mesh: Mesh) -> Params:
 
 
 def shard_params(params: Params, shardings: Params) -> Params:
-    """The parameters, of which every process has all, on their devices."""
+    """The parameters, of which every process has all or its part, on their devices."""
     if jax.process_count() == 1:
         return jax.device_put(params, shardings)
 
     def place(x: Any, sharding: Sharding) -> jax.Array:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, sharding)
         held = np.asarray(x)
         return build_array(held.shape, sharding, lambda cut: held[cut])
 

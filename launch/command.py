@@ -76,7 +76,12 @@ def together(run: Callable[[], Any]) -> None:
         JOIN_SECONDS.value,
         HEARTBEAT_SECONDS.value,
     )
-    with hosts.ending_together(), errors_in_one_line(), hosts.one_voice():
+    with (
+        hosts.ending_together(),
+        errors_in_one_line(),
+        hosts.one_voice(),
+        preemption.raised_alone(),
+    ):
         run()
 
 
@@ -142,7 +147,7 @@ def errors_in_one_line() -> Iterator[None]:
     except UserError as error:
         _end(f"error: {error}", 2)
     except preemption.Preempted as error:
-        _end(str(error), 75)
+        _end(str(error), preemption.STATUS)
     except KeyboardInterrupt:
         # All is given back by now. Interrupted twice, a save may still be underway in a thread:
         # it is left behind unfinished, since no thread may begin anything once Python ends.

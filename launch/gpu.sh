@@ -45,6 +45,7 @@ stop() {
 }
 trap 'stop TERM' TERM
 trap 'stop INT' INT
+trap 'stop HUP' HUP
 set -m # Without it, a command in the background would be deaf to SIGINT.
 while true; do
   "${command[@]}" &

@@ -93,7 +93,7 @@ run="cd ecomjax && exec $(show .venv/bin/python -m "launch.$1" --hosts=auto "${@
 
 if [[ -n $dry_run ]]; then
   show "${describe[@]}"
-  echo "# unless it is READY; in any other state it is deleted first:"
+  echo "# unless it is READY; where it is PREEMPTED or TERMINATED it is deleted first:"
   show "${create[@]}"
   echo "git ls-files -z | tar --null -T - -czf $pack"
   show "${copy[@]}"
@@ -117,7 +117,16 @@ state() { "${describe[@]}" 2>/dev/null || true; }
 for ((attempt = 1; attempt <= attempts; attempt++)); do
   found=$(state)
   if [[ $found != READY ]]; then
-    [[ -z $found ]] || "${delete[@]}"
+    case $found in
+      "") ;;
+      PREEMPTED | TERMINATED) "${delete[@]}" ;;
+      *)
+        # What is stopped, or on its way to another state, may hold something of somebody.
+        ((attempt > 1)) || fail "the VM is $found: $name; start it, delete it or wait"
+        sleep 60
+        continue
+        ;;
+    esac
     if ! "${create[@]}"; then
       # The first time it is a mistake; after a preemption there may be no TPU for a while.
       ((attempt > 1)) || fail "cannot create the VM: $name; see above"

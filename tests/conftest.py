@@ -8,6 +8,7 @@ against their annotations, shapes included, at each call.
 import dataclasses
 import functools
 import os
+import signal
 import zlib
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,13 @@ hypothesis.settings.register_profile(
     "reproducible", deadline=None, derandomize=True, database=None, max_examples=50
 )
 hypothesis.settings.load_profile("reproducible")
+
+
+# Commands that tests start are interrupted as in a terminal, even where the tests themselves run
+# in the background, whose children would ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,13 +23,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ecomjax import preemption
 from ecomjax.errors import UserError
 from ecomjax.experiments.files import jsonable
 
 Value = TypeVar("Value")
-
-PREEMPTED = 75
-"""Exit status of a process that has saved and should be started again."""
 
 LAST_WORDS = 2.0
 """Seconds that the first process stays for others that fail too: they die with it."""
@@ -236,7 +234,7 @@ def ending_together() -> Iterator[None]:
         yield
     except BaseException as error:
         status = error.code if isinstance(error, SystemExit) else 1
-        if not several() or status in (None, 0, PREEMPTED):
+        if not several() or status in (None, 0, preemption.STATUS):
             raise
         if not isinstance(error, SystemExit):
             traceback.print_exc()

@@ -135,9 +135,9 @@ def run(wishes: Sequence[Wish]) -> Iterator[Plan]:
     Raises:
         UserError: an unknown topology, no compiler for it, or a mesh that does not fit it.
     """
-    if all(wish.topology != CUDA for wish in wishes):
-        # Whatever accelerator this machine has is left alone.
-        jax.config.update("jax_platforms", "cpu")
+    # Whatever accelerator this machine has is left alone, unless it is planned for.
+    cuda = any(wish.topology == CUDA for wish in wishes)
+    jax.config.update("jax_platforms", "cuda,cpu" if cuda else "cpu")
     devices = {wish.topology: devices_of(wish.topology) for wish in wishes}
     for wish in wishes:
         chip_of(devices[wish.topology][0].device_kind)
@@ -161,7 +161,8 @@ def make_plan(wish: Wish, devices: Sequence[Any]) -> Plan:
     step, began = trace(wish.config, mesh, wish.prompts), time.monotonic()
     with sharding.use(mesh):
         # Rows go to the experts of each device, and as many to each in the long run.
-        needed, costs = _compile(step, chip, 1 / mesh.shape["expert"])
+        whole = any(fallback.axis == "experts" for fallback in step.fallbacks)
+        needed, costs = _compile(step, chip, 1.0 if whole else 1 / mesh.shape["expert"])
     return Plan(
         wish=wish,
         slice=f"{chip.name}-{mesh.size * chip.cores}",
@@ -179,7 +180,14 @@ def make_plan(wish: Wish, devices: Sequence[Any]) -> Plan:
 
 
 def _mesh_of(wish: Wish, devices: Sequence[Any]) -> Mesh:
-    return sharding.make_mesh(**dataclasses.asdict(wish.config.mesh), devices=devices)
+    mesh = sharding.make_mesh(**dataclasses.asdict(wish.config.mesh), devices=devices)
+    if mesh.size < len(devices):
+        raise UserError(
+            f"a mesh of {mesh.size} on a slice of {len(devices)} chips",
+            wish.topology,
+            "set a size of config.mesh to -1, for the rest",
+        )
+    return mesh
 
 
 def _compile(step: Step, chip: Chip, ragged: float) -> tuple[int, Costs | None]:
@@ -289,7 +297,7 @@ def _cells(plan: Plan) -> list[str]:
         f"{c.flops / 1e12:.1f}",
         sent or "–",
         ", ".join(f"{value:.3f}" for value in seconds),
-        f"{c.seconds:.3f}",
+        f"{c.seconds:.3f}" + " (a loop of unknown length counts once)" * bool(c.unbounded),
         f"{100 * plan.mfu:.0f} %",
     ]
 

@@ -22,6 +22,7 @@ import platform
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,6 +55,9 @@ PACKAGES = (
     "tokenizers",
 )
 """Packages whose versions are written to run.json."""
+
+STALE = 300.0
+"""Seconds without a sign of life after which a writer on another host counts as dead."""
 
 
 class Workdir:
@@ -121,7 +125,8 @@ class Workdir:
         try:
             hosts.check_shared(self.lock)
             hosts.on_main(lambda: self._match_config(config, ignore, allow))
-            yield self
+            with _kept_fresh(self.lock) if hosts.is_main() else contextlib.nullcontext():
+                yield self
         except BaseException as error:
             # A mistake mended, such as a path, is another config: it may have the same folder.
             if old is None and not self._holds_work():
@@ -232,8 +237,9 @@ def git_revision() -> str | None:
 def _acquire(path: Path) -> None:
     """Writes this process into the lock file, unless a living one stands there.
 
-    The owner's start time stands beside its pid, since pids are used again. The file is emptied
-    rather than deleted on release: whoever has it open then still holds the same file.
+    The owner's start time stands beside its pid, since pids are used again. One on another host
+    lives as long as the file is kept fresh. The file is emptied rather than deleted on release:
+    whoever has it open then still holds the same file.
     """
     with open(path, "a+", encoding="utf-8") as file, _one_at_a_time(file):
         file.seek(0)
@@ -242,15 +248,47 @@ def _acquire(path: Path) -> None:
         except ValueError:
             owner = None
         here = socket.gethostname()
-        if isinstance(owner, dict) and (owner["host"] != here or _lives(owner)):
+        if not isinstance(owner, dict) or not {"host", "pid", "born"} <= owner.keys():
+            owner = None
+        if owner and (_lives(owner) if owner["host"] == here else _age(path) < STALE):
             raise UserError(
                 f"process {owner['pid']} on {owner['host']} is writing to this folder",
                 str(path.parent),
-                f"wait for it or stop it (if there is no such process, delete {path})",
+                f"wait for it or stop it (if there is no such process, delete {path}, or wait "
+                f"{STALE / 60:.0f} minutes)",
             )
         file.truncate(0)
         me = {"host": here, "pid": os.getpid(), "born": _birth(os.getpid())}
         file.write(json.dumps(me))
+
+
+@contextlib.contextmanager
+def _kept_fresh(path: Path) -> Iterator[None]:
+    """Inside, the lock file is touched from time to time, as a sign of life to other hosts."""
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(STALE / 10):
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+    thread = threading.Thread(target=touch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file was touched, by the clock of the file system that it is on."""
+    now = path.with_name(f"{path.name}.now")
+    try:
+        now.touch()
+        return now.stat().st_mtime - path.stat().st_mtime
+    finally:
+        now.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

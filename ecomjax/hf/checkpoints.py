@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -112,7 +113,9 @@ def load_pretrained(
     opened = open_pretrained(model, path, param_dtype)
     shardings = None if mesh is None else _shardings(opened.config, mesh)
     params = opened.table.import_params(opened.tensors, param_dtype, opened.path, shardings)
-    identity = opened.identified(fingerprint(opened.config, params))
+    # Processes that share a mesh may hold no leaf whole.
+    alone = mesh is None or jax.process_count() == 1
+    identity = opened.identified(fingerprint(opened.config, params)) if alone else opened.identity()
     return Pretrained(opened.config, params, opened.tokenizer, identity)
 
 

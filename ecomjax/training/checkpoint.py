@@ -162,7 +162,11 @@ class Checkpoints:
         def choose() -> int:
             step = self.best()
             if step is None:
-                raise UserError("no best checkpoint", str(self.best_folder), "train first")
+                raise UserError(
+                    "no best checkpoint",
+                    str(self.best_folder),
+                    "train first; if that is done, no evaluation gave a number to choose by",
+                )
             return _verified(self.best_folder, step)
 
         step = _as_first_finds(choose)

@@ -89,7 +89,8 @@ def fit(
         The best evaluation; its trained parameters are `checkpoints.restore_best`.
 
     Raises:
-        Preempted: the process was asked to end, and a checkpoint of the current step is saved.
+        Preempted: the process was asked to end; a checkpoint of the current step is saved, but
+            for an evaluation that was underway.
         UserError: a checkpoint cannot be written, or the guard gives up.
     """
     selection, seen, step, stopped = Selection(), Seen(), 0, False
@@ -128,7 +129,9 @@ def fit(
             evaluated = step in options.evaluate_at
             if evaluated:
                 tell()
-                values = evaluate(state.trained)
+                # Evaluations may last longer than the grace that a signal leaves.
+                with preemption.raised_alone():
+                    values = evaluate(state.trained)
                 writer.write(step, {f"validation/{k}": v for k, v in values.items()})
                 _select(selection, step, state, values, checkpoints, options)
                 stopped = 0 < options.patience <= selection.since

@@ -12,6 +12,8 @@ import os
 import shutil
 from pathlib import Path
 
+from ecomjax.errors import UserError
+
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
 """What names of folders begin with that are not whole; a killed process leaves them behind."""
@@ -21,7 +23,10 @@ def make_room(temporary: Path) -> None:
     """An empty folder under a temporary name, and no other beside it."""
     temporary.parent.mkdir(parents=True, exist_ok=True)
     for leftover in temporary.parent.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover)
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
     temporary.mkdir()
 
 
@@ -36,12 +41,19 @@ def commit(temporary: Path, place: Path) -> None:
 
 
 def damage(place: Path) -> str | None:
-    """What is wrong with a folder; None: every file is as it was written, and there is no other."""
+    """What is wrong with a folder; None: every file is as it was written, and there is no other.
+
+    Raises:
+        UserError: a file is there and cannot be read, which may be mended.
+    """
     try:
         if json.loads((place / MANIFEST).read_bytes()) != _digests(place):
             return f"its files are not those of {MANIFEST}"
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
         return str(error)
+    except OSError as error:
+        what = f"cannot read a checkpoint ({error.strerror})"
+        raise UserError(what, str(place), "mend the rights or the disk, and try again") from error
     return None
 
 

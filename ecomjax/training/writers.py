@@ -45,6 +45,7 @@ class MetricsWriter:
         told = {name: float(x) if math.isfinite(x) else None for name, x in values.items()}
         self._lines.write(json.dumps({"step": step} | told) + "\n")
         self._lines.flush()
+        os.fsync(self._lines.fileno())
         with self._optional():
             if self.tensorboard is not None:
                 self._show(self.tensorboard, step, told)
