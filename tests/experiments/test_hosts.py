@@ -8,7 +8,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 
@@ -232,12 +235,18 @@ def test_processes_agree_and_end_together(tmp_path):
     assert "VOICE" in main and "VOICE" not in other
 
 
-def launched(main: str, base: Path, workdir: Path, processes: int) -> list[subprocess.Popen[str]]:
-    """A command on four devices, of one process or two."""
+def launched(
+    main: str,
+    base: Path,
+    workdir: Path,
+    processes: int,
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> list[subprocess.Popen[str]]:
+    """A command on four devices, of one process or two, with more changes to its config."""
     command = ["-m", f"launch.{main}", "--config=configs/finetune.py:esci,smoke"]
     command += [f"--workdir={workdir}", f"--config.model.path={base}"]
     changes = {"data.train_size": 24, "training.epochs": 2, "training.batch_size": 8}
-    changes |= {"training.checkpoint_every": 2, "adapter.dropout": 0.1}
+    changes |= {"training.checkpoint_every": 2, "adapter.dropout": 0.1, **more}
     command += [f"--config.{key}={value}" for key, value in changes.items()]
     if processes == 1:
         return [start(command, 4)]
@@ -260,6 +269,21 @@ def runs(tiny_base, tmp_path_factory):
 
 def steps_of(workdir: Path) -> list[dict]:
     return read_jsonl(workdir / "metrics.jsonl")
+
+
+@pytest.mark.slow
+def test_two_processes_that_split_the_model_train_and_evaluate_like_one(tiny_base, tmp_path):
+    """Neither holds a kernel whole, nor what stands for one."""
+    split = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2, "model.quantization": "int8"}
+    for processes in (1, 2):
+        for main in ("train", "evaluate"):
+            run = launched(main, tiny_base, tmp_path / str(processes), processes, split)
+            finished(run)
+    alone, together = (steps_of(tmp_path / n) for n in ("1", "2"))
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, nan_ok=True)
+    one, two = (read_json(tmp_path / n / "eval/esci/test.metrics.json") for n in ("1", "2"))
+    assert one["metrics"]["accuracy"] == two["metrics"]["accuracy"]
 
 
 @pytest.mark.slow

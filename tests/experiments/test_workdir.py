@@ -191,6 +191,30 @@ def test_f08_a_lock_left_behind(tmp_path, config, owner, free):
             pass
 
 
+def test_f08_a_lock_of_a_lost_host_is_taken_over_when_it_shows_no_life(
+    tmp_path, config, monkeypatch
+):
+    lock = tmp_path / ".lock"
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "born": "1"}))
+    with pytest.raises(UserError, match=r"process 1 on elsewhere.*or wait 5 minutes"):
+        with Workdir(tmp_path).writing(config):
+            pass
+    then = time.time() - module.STALE - 60
+    os.utime(lock, (then, then))
+    with Workdir(tmp_path).writing(config):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+    assert [path.name for path in tmp_path.glob(".lock*")] == [".lock"]
+
+    # A writer keeps its own fresh.
+    monkeypatch.setattr(module, "STALE", 0.1)
+    with Workdir(tmp_path).writing(config):
+        os.utime(lock, (then, then))
+        deadline = time.monotonic() + 10
+        while lock.stat().st_mtime == then and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert lock.stat().st_mtime > then
+
+
 def test_f08_the_lock_is_given_back_after_an_error(tmp_path, config):
     with pytest.raises(RuntimeError), Workdir(tmp_path).writing(config):
         raise RuntimeError
