@@ -1,6 +1,7 @@
 """Every mistake a user can make ends in one clear line: in process here, as a command if slow."""
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -215,6 +216,7 @@ def test_the_command_ends_with_status_2_and_the_same_line(mistake, tiny_base, tm
             *(f"--config.{named(key, task)}={value}" for key, value in flags.items()),
         ],
         cwd=ROOT,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -560,7 +560,8 @@ def test_no_more_is_held_than_the_adapters_and_a_few_matrices(
     finally:
         tracemalloc.stop()
     # At the rank of concatenation one merged kernel is larger than matrices, but not all are held.
-    assert held < peak < held + (2 + 2) * 1024 * 1536 * 4 + 2 * kernel
+    # Modules and caches that come up on the way take less than a matrix.
+    assert held < peak < held + (2 + 2) * 1024 * 1536 * 4 + 2 * kernel + 2**22
 
 
 KILLED = """
