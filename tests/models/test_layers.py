@@ -18,7 +18,7 @@ def normal(*shape):
 )
 def test_linear_contracts_its_input_axes(inputs, shape, out):
     x, kernel = normal(2, 5, *shape), normal(*shape, *out)
-    layer = Linear(out, ("in",) * inputs + ("out",) * len(out), inputs=inputs)
+    layer = Linear(out, ("embed",) * inputs + ("heads", "head_dim")[: len(out)], inputs=inputs)
     y = layer.apply({"params": {"kernel": kernel}}, x)
     np.testing.assert_allclose(y, np.tensordot(x, kernel, inputs), rtol=1e-5, atol=1e-5)
 
@@ -32,7 +32,7 @@ def test_fresh_kernels_keep_the_variance():
 
 
 def test_linear_computes_in_its_dtype():
-    layer = Linear((3,), ("in", "out"), dtype=jnp.bfloat16)
+    layer = Linear((3,), ("embed", "ffn"), dtype=jnp.bfloat16)
     assert layer.apply({"params": {"kernel": normal(4, 3)}}, normal(1, 2, 4)).dtype == jnp.bfloat16
 
 
