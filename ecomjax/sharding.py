@@ -1,21 +1,19 @@
-"""Where arrays lie: one mesh, and what each logical axis of a parameter means on it.
+"""Where arrays are to lie: one mesh, and what each logical axis of a parameter means on it.
 
-The only caller of mesh APIs. Programs are written for one device; `jax.jit` splits them
-after the shardings of their arguments.
+With `placement`, which puts them there, the only caller of mesh APIs. Programs are written for
+one device; `jax.jit` splits them after the shardings of their arguments.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from ecomjax import trees
@@ -76,27 +74,6 @@ def make_mesh(
         )
     types = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(tuple(sizes), MESH_AXES, types, devices=devices[:used])
-
-
-def meet(mesh: Mesh) -> None:
-    """Connects the processes of a mesh along all of its axes, while none is ahead of the others.
-
-    On CPUs a first collective fails where a process is half a minute late, which the compilation
-    of a step may well take; once connected, they wait for each other.
-    """
-    if jax.process_count() == 1:
-        return
-    multihost_utils.sync_global_devices("mesh")
-    groups = [*MESH_AXES, RULES["batch"], MESH_AXES]
-    spec = PartitionSpec(MESH_AXES)
-
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
-    def add(x: Any) -> Any:
-        return x + sum(jax.lax.psum(x, axes) for axes in groups)
-
-    sharding = NamedSharding(mesh, spec)
-    ones = build_array((mesh.size,), sharding, lambda cut: np.ones(mesh.size, np.float32)[cut])
-    jax.block_until_ready(jax.jit(add)(ones))
 
 
 def use(mesh: Mesh) -> Any:
@@ -285,31 +262,6 @@ def shardings(specs: Params, mesh: Mesh) -> Params:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
-def shard_params(params: Params, shardings: Params) -> Params:
-    """The parameters, of which every process has all or its part, on their devices."""
-    if jax.process_count() == 1:
-        return jax.device_put(params, shardings)
-
-    def place(x: Any, sharding: Sharding) -> jax.Array:
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return jax.device_put(x, sharding)
-        held = np.asarray(x)
-        return build_array(held.shape, sharding, lambda cut: held[cut])
-
-    return jax.tree.map(place, params, shardings)
-
-
-def bytes_per_device(tree: Any) -> int:
-    """Of arrays that are on their devices, what each of these holds."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-
-
-def gather(tree: Any, mesh: Mesh) -> Any:
-    """The same arrays, whole on every device, so that every process can read them."""
-    return jax.jit(lambda x: x, out_shardings=whole(mesh))(tree)
-
-
 def row_parts(mesh: Mesh | None = None) -> int:
     """Over how many parts rows are split, by this mesh or the one in use; 1 without a mesh."""
     mesh = in_use() if mesh is None else mesh
@@ -321,86 +273,6 @@ def rows_spec(rows: int) -> PartitionSpec:
     return PartitionSpec(RULES["batch"]) if rows % row_parts() == 0 else PartitionSpec()
 
 
-def row_share(mesh: Mesh) -> tuple[int, int]:
-    """Which part of all rows the devices of this process hold, and of how many parts.
-
-    Processes may hold the same part, where their devices split the model alone.
-
-    Raises:
-        UserError: the rows of this process do not lie side by side.
-    """
-    parts = row_parts(mesh)
-    held = rows_sharding(mesh).addressable_devices_indices_map((parts,))
-    first = {(cut or (slice(0),))[0].start or 0 for cut in held.values()}
-    start, count = min(first), len(first)
-    if first != set(range(start, start + count)) or start % count or parts % count:
-        raise UserError(
-            f"process {jax.process_index()} holds the parts {sorted(first)} of {parts} of the rows",
-            "config.mesh",
-            "use sizes with which the devices of a process hold neighbouring rows",
-        )
-    return start // count, parts // count
-
-
 def rows_sharding(mesh: Any, axis: int = 0) -> NamedSharding:
     """Rows along `axis` are split, and nothing else."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, RULES["batch"]))
-
-
-def shard_rows(batch: Any, mesh: Mesh, axis: int = 0, share: bool = False) -> Any:
-    """A batch on its devices, rows split over data, fsdp and expert.
-
-    Args:
-        batch: tree of arrays with the rows along `axis`.
-        mesh: from `make_mesh`.
-        axis: 1 where microbatches lead.
-        share: whether the batch is this process's share of the rows (`row_share`), not all.
-
-    Raises:
-        UserError: the rows do not divide.
-    """
-    rows, parts = jax.tree.leaves(batch)[0].shape[axis], row_parts(mesh)
-    of = row_share(mesh)[1] if share else 1
-    if rows * of % parts:
-        raise UserError(
-            f"{rows * of} rows do not divide over {parts} devices",
-            "config.mesh",
-            f"use a multiple of the sizes of {', '.join(RULES['batch'] or ())}, multiplied",
-        )
-    sharding = rows_sharding(mesh, axis)
-
-    def place(x: Any) -> jax.Array:
-        x = np.asarray(x)
-        if not share:
-            return build_array(x.shape, sharding, lambda cut: x[cut])
-        shape = (*x.shape[:axis], x.shape[axis] * of, *x.shape[axis + 1 :])
-        return jax.make_array_from_process_local_data(sharding, x, shape)
-
-    return jax.tree.map(place, batch)
-
-
-def build_array(
-    shape: tuple[int, ...],
-    sharding: Sharding,
-    part: Callable[[tuple[slice, ...]], np.ndarray],
-) -> jax.Array:
-    """An array whose parts go to their devices one by one, so that the host holds one at a time.
-
-    Args:
-        shape: of the whole array.
-        sharding: of the array.
-        part: gives the part that slices cut out of the array; asked once for each part that
-            devices of this process hold, however many hold it.
-    """
-    holders: dict[tuple, list[Any]] = {}
-    cuts: dict[tuple, tuple[slice, ...]] = {}
-    for device, cut in sharding.addressable_devices_indices_map(shape).items():
-        key = tuple((s.start, s.stop) for s in cut or ())
-        holders.setdefault(key, []).append(device)
-        cuts[key] = cut or ()
-    arrays = []
-    for key, devices in holders.items():
-        values = part(cuts[key])
-        arrays += jax.block_until_ready([jax.device_put(values, device) for device in devices])
-        del values
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType
 
-from ecomjax import sharding, trees
+from ecomjax import placement, sharding, trees
 from ecomjax.adapters import lora
 from ecomjax.adapters.quantize import quantize
 from ecomjax.adapters.rules import LoraRule
@@ -97,8 +97,8 @@ def test_sharded_is_unsharded(config, mesh, batch):
         return -(likelihood * weights.reshape(likelihood.shape)).sum()
 
     specs, _ = sharding.specs(axes, shapes, mesh)
-    placed = sharding.shard_params(params, sharding.shardings(specs, mesh))
-    rows = sharding.shard_rows(batch, mesh)
+    placed = placement.shard_params(params, sharding.shardings(specs, mesh))
+    rows = placement.shard_rows(batch, mesh)
     expected = float(loss(params, batch))
     with sharding.use(mesh):
         assert float(loss(placed, rows)) == pytest.approx(expected, rel=1e-5)
@@ -127,7 +127,7 @@ def test_training_loss_and_gradients(name, quantization, mesh, batch):
     if quantization is not None:
         params = quantize(params, axes, quantization)
     specs, _ = sharding.specs(axes, params, mesh)
-    placed = sharding.shard_params(params, sharding.shardings(specs, mesh))
+    placed = placement.shard_params(params, sharding.shardings(specs, mesh))
     specs = sharding.adapter_specs(adapter, axes, shapes, mesh)
     by_adapter = sharding.shardings(specs, mesh)
 
@@ -143,9 +143,9 @@ def test_training_loss_and_gradients(name, quantization, mesh, batch):
         return jax.value_and_grad(loss)(trained)
 
     expected, gradients = value_and_grad(params, adapter, batch)
-    rows = sharding.shard_rows(batch, mesh)
+    rows = placement.shard_rows(batch, mesh)
     with sharding.use(mesh):
-        value, grads = value_and_grad(placed, sharding.shard_params(adapter, by_adapter), rows)
+        value, grads = value_and_grad(placed, placement.shard_params(adapter, by_adapter), rows)
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     for ours, exact in zip(jax.tree.leaves(grads), jax.tree.leaves(gradients), strict=True):
         assert np.abs(ours - exact).max() <= 1e-4 * np.abs(exact).max()
@@ -160,7 +160,7 @@ def test_quantized_kernels_are_split_as_those_they_stand_for(kind, mesh):
     of_arrays, _ = sharding.specs(axes, shapes, mesh)
     dense, placed = (
         trees.flatten(tree)
-        for tree in (of_arrays, sharding.shard_params(params, sharding.shardings(specs, mesh)))
+        for tree in (of_arrays, placement.shard_params(params, sharding.shardings(specs, mesh)))
     )
     for path, leaf in trees.flatten(params).items():
         for array, whole in zip(*map(jax.tree.leaves, (placed[path], leaf)), strict=True):
@@ -265,35 +265,3 @@ def test_mesh_sizes():
 def test_mesh_sizes_that_do_not_fit(sizes):
     with pytest.raises(UserError, match=rf"a mesh of data {sizes[0]}.* does not fit 8 devices"):
         sharding.make_mesh(*sizes)
-
-
-def test_rows_are_split_over_data_and_fsdp(batch):
-    mesh = sharding.make_mesh(2, 2, 2, 1)
-    assert sharding.shard_rows(batch, mesh).tokens.addressable_shards[0].data.shape == (1, SLOTS)
-    micro = jax.tree.map(lambda x: x[None], batch)
-    placed = sharding.shard_rows(micro, mesh, axis=1)
-    assert placed.tokens.sharding.spec == PartitionSpec(None, ("data", "fsdp", "expert"))
-    with pytest.raises(UserError, match="3 rows do not divide over 4"):
-        sharding.shard_rows(jax.tree.map(lambda x: x[:3], batch), mesh)
-
-
-def test_arrays_are_built_part_by_part():
-    """Each distinct part is asked for once, and goes to all devices that hold it."""
-    mesh, asked = sharding.make_mesh(1, 2, 4, 1), []
-    values = np.arange(48, dtype=np.float32).reshape(4, 12)
-    specs = {
-        "rows": PartitionSpec("fsdp"),
-        "both": PartitionSpec("fsdp", "tensor"),
-        "whole": PartitionSpec(),
-    }
-    for (name, spec), parts in zip(specs.items(), (2, 8, 1), strict=True):
-        asked.clear()
-
-        def part(cut):
-            asked.append(cut)
-            return values[cut]
-
-        own = sharding.shardings({name: spec}, mesh)[name]
-        array = sharding.build_array(values.shape, own, part)
-        np.testing.assert_array_equal(array, values)
-        assert array.sharding == own and len(asked) == parts

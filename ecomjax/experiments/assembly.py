@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ecomjax import sharding, trees
+from ecomjax import placement, sharding, trees
 from ecomjax.adapters.quantize import quantize, ratios
 from ecomjax.data.cache import Cache
 from ecomjax.data.encoded import EncodedSet, read_set, write_set
@@ -69,7 +69,7 @@ def load_base(config: ModelConfig, layout: MeshConfig = ONE_DEVICE) -> Base:
     Quantized or not, its identity is that of the weights as they were loaded.
     """
     mesh = sharding.make_mesh(**dataclasses.asdict(layout))
-    sharding.meet(mesh)
+    placement.meet(mesh)
     # What is to be quantized comes to the devices kernel by kernel, and smaller.
     first = mesh if config.quantization == "none" else None
     loaded = load_pretrained(config.name, config.path, config.param_dtype, first)
@@ -81,7 +81,7 @@ def load_base(config: ModelConfig, layout: MeshConfig = ONE_DEVICE) -> Base:
             params, axes, config.quantization, place=functools.partial(_placed, axes, mesh)
         )
     specs, fallbacks = sharding.specs(axes, params, mesh)
-    params = sharding.shard_params(params, sharding.shardings(specs, mesh))
+    params = placement.shard_params(params, sharding.shardings(specs, mesh))
     identity = loaded.identity
     # A local folder is what it is, whatever name the config gives it.
     name = "" if identity.source == "local" else f"{identity.name} "
@@ -121,13 +121,13 @@ def _placed(axes: Params, mesh: Mesh, path: str, kernel: Any) -> Any:
     own = trees.unflatten({path: trees.flatten(axes)[path]})
     alone = trees.unflatten({path: kernel})
     specs, _ = sharding.specs(own, alone, mesh)
-    placed = sharding.shard_params(alone, sharding.shardings(specs, mesh))
+    placed = placement.shard_params(alone, sharding.shardings(specs, mesh))
     return trees.flatten(placed)[path]
 
 
 def _tell_mesh(mesh: Mesh, params: Params, fallbacks: Sequence[sharding.Fallback]) -> None:
     sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    held = sharding.bytes_per_device(params)
+    held = placement.bytes_per_device(params)
     say(
         f"mesh of {mesh.size} of {jax.device_count()} devices: {sizes}; the base takes "
         f"{held / 2**20:.1f} MiB of each, {trees.bytes_of(params) / 2**20:.1f} MiB in all"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ecomjax import sharding
+from ecomjax import placement, sharding
 from ecomjax.adapters import lora
 from ecomjax.data.encoded import key_of
 from ecomjax.data.progress import counting
@@ -56,7 +56,7 @@ def _adapter(config: FinetuneConfig, folder: Workdir) -> None:
     adapter = read_adapter(folder.adapter, base.config, base.identity)
     lora.check_paths(base.params, adapter)
     specs = sharding.adapter_specs(adapter, base.axes, base.params, base.mesh)
-    adapter = sharding.shard_params(adapter, sharding.shardings(specs, base.mesh))
+    adapter = placement.shard_params(adapter, sharding.shardings(specs, base.mesh))
     split = config.evaluation.split
     variables = {"params": base.params, "lora": adapter}
     for label, task in make_tasks(config.tasks).items():

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ecomjax import sharding
+from ecomjax import placement, sharding
 from ecomjax.adapters import lora
 from ecomjax.data.encoded import EncodedSet, Joined, Kept, fit_window, shared_prefix
 from ecomjax.data.mixture import Mixture, draw_orders, shares
@@ -238,7 +238,7 @@ def _train(
     params, adapter = init_adapter(
         base.params, base.axes, make_rules(config.adapter), init_key, mesh
     )
-    start = jax.device_get(sharding.gather(adapter, mesh))  # Training takes over the arrays.
+    start = jax.device_get(placement.gather(adapter, mesh))  # Training takes over the arrays.
     trained, fixed = lora.split(adapter)
     state, lies = init_state(trained, optimizer, dropout_key, mesh)
     frozen: dict[str, Params] = {"params": params, "fixed": fixed}
@@ -253,7 +253,7 @@ def _train(
         values, sums, headlines = {}, np.zeros(2), []
         for label, found in data.items():
             source, task = held_out[label], found.predictor.task
-            placed = (sharding.shard_rows(source[i], mesh, axis=1) for i in range(len(source)))
+            placed = (placement.shard_rows(source[i], mesh, axis=1) for i in range(len(source)))
             parts = [loss_pass(trained, frozen, batch) for batch in placed]
             total, weight = np.sum(jax.device_get(parts), axis=0)
             predictions = found.predictor.predict(variables, found.validation)
@@ -293,8 +293,8 @@ def _train(
                 plan,
                 train,
                 rows,
-                *sharding.row_share(mesh),
-                place=lambda batch: sharding.shard_rows(batch, mesh, axis=1, share=True),
+                *placement.row_share(mesh),
+                place=lambda batch: placement.shard_rows(batch, mesh, axis=1, share=True),
             ),
             evaluate,
             checkpoints,
@@ -306,4 +306,4 @@ def _train(
     lies = sharding.whole(mesh)  # Every process reads all of it.
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), trained)
     best: Any = checkpoints.restore_best(shapes)[0]
-    return lora.since(lora.join(best, sharding.gather(fixed, mesh)), start)
+    return lora.since(lora.join(best, placement.gather(fixed, mesh)), start)

@@ -11,7 +11,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from ecomjax import sharding
+from ecomjax import placement, sharding
 from ecomjax.adapters import lora
 from ecomjax.adapters.rules import LoraRule
 from ecomjax.errors import UserError
@@ -70,8 +70,8 @@ def init_adapter(
     base, adapter = init(params, key=key)
     lies = sharding.shardings(sharding.adapter_specs(adapter, axes, params, mesh), mesh)
     specs, _ = sharding.specs(axes, base, mesh)
-    placed = sharding.shard_params(base, sharding.shardings(specs, mesh))
-    return placed, sharding.shard_params(adapter, lies)
+    placed = placement.shard_params(base, sharding.shardings(specs, mesh))
+    return placed, placement.shard_params(adapter, lies)
 
 
 def init_state(

@@ -29,7 +29,7 @@ import numpy as np
 from ecomjax import trees
 from ecomjax.adapters.lowrank import Shape, factors_of
 from ecomjax.errors import UserError
-from ecomjax.sharding import build_array
+from ecomjax.placement import build_array
 from ecomjax.typing import LowRank, Params
 
 DTYPES: dict[str, Any] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

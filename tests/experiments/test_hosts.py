@@ -98,7 +98,7 @@ def test_processes_that_find_no_others_say_so():
 SEEN = """
 import json, sys
 import jax
-from ecomjax import sharding
+from ecomjax import placement, sharding
 from ecomjax.data.encoded import Encoded
 from ecomjax.data.packing import make_plan
 from ecomjax.data.pipeline import iterate
@@ -106,14 +106,14 @@ from ecomjax.experiments import hosts
 if sys.argv[1:]:
     hosts.initialize(False, sys.argv[1], 2, int(sys.argv[2]), 60, 20)
 mesh = sharding.make_mesh(**json.loads(sys.stdin.read()))
-sharding.meet(mesh)
+placement.meet(mesh)
 examples = [Encoded(str(i), (i,) * (3 + i % 5), 1, i) for i in range(1, 41)]
 plan = make_plan(
     [len(e.tokens) for e in examples], [[*range(7, 40), *range(7)]], prefixes=[0],
     packing="packed", row_length=12, batch_size=10, rows_multiple=sharding.row_parts(mesh),
 )
-place = lambda batch: sharding.shard_rows(batch, mesh, axis=1, share=True)
-steps = iterate(plan, examples, sharding.row_parts(mesh), *sharding.row_share(mesh), place=place)
+place = lambda batch: placement.shard_rows(batch, mesh, axis=1, share=True)
+steps = iterate(plan, examples, sharding.row_parts(mesh), *placement.row_share(mesh), place=place)
 for step, batch in enumerate(steps):
     for shard in batch.tokens.addressable_shards:
         for micro, rows in enumerate(shard.data):

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from ecomjax import sharding, trees
+from ecomjax import placement, sharding, trees
 from ecomjax.adapters import lora
 from ecomjax.adapters.quantize import quantize
 from ecomjax.adapters.rules import LoraRule
@@ -67,7 +67,7 @@ class Run:
         if method == "qlora":
             params = quantize(params, self.axes, "nf4")
         specs, self.fallbacks = sharding.specs(self.axes, params, mesh)
-        params = sharding.shard_params(params, sharding.shardings(specs, mesh))
+        params = placement.shard_params(params, sharding.shardings(specs, mesh))
         optimizer, key = optax.adamw(1e-2), jax.random.key(0)
         if method == "full":
             trained, self.frozen, variables_of = params, {}, whole
@@ -95,7 +95,7 @@ class Run:
             batch_size=BATCH,
             rows_multiple=rows,
         )
-        share, ids = sharding.row_share(mesh), [e.id for e in examples]
+        share, ids = placement.row_share(mesh), [e.id for e in examples]
         self.ids = [sorted(ids[i] for row in plan.step(n) for i in row) for n in range(len(plan))]
         self.losses, compiled = [], None
         batches = iterate(
@@ -103,7 +103,7 @@ class Run:
             examples,
             rows,
             *share,
-            place=lambda batch: sharding.shard_rows(batch, mesh, axis=1, share=True),
+            place=lambda batch: placement.shard_rows(batch, mesh, axis=1, share=True),
         )
         for batch in batches:
             if compiled is None:
