@@ -178,6 +178,8 @@ def fewshot(task: str, smoke: bool = False) -> ConfigDict:
     return ConfigDict(
         {
             "shots": (0, 1) if smoke else (0, 1, 3, 8),
+            "policy": "fixed",
+            "order": "drawn",
             "select_examples": 8 if smoke else TASKS[task]["validation"],
             "seed": 0,
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 
@@ -18,6 +18,8 @@ from ecomjax.tasks.base import Example, Prompt, Task
 from ecomjax.tasks.prompts import render
 
 Demonstrations = Sequence[Example]
+"""Shown before a question, in this order."""
+
 Method = Literal["auto", "likelihood", "generate"]
 
 ENCODED_AT_ONCE = 1024
@@ -54,12 +56,24 @@ class Prediction:
         text: the answer as text; for label likelihoods, the most likely label.
         scores: log-likelihood of every label, where labels were scored; else empty.
         lost: tokens of the input that were cut to leave room for the answer.
+        dropped: demonstrations that were left out for it.
     """
 
     value: Any
     text: str
     scores: dict[str, float] = dataclasses.field(default_factory=dict)
     lost: int = 0
+    dropped: int = 0
+
+
+class Fitted(NamedTuple):
+    """A prompt that leaves room for an answer, and what that has cost."""
+
+    prompt: tuple[int, ...]
+    lost: int
+    """Tokens of the input."""
+    dropped: int
+    """Demonstrations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +91,8 @@ class Predictor:
         window: most tokens of a prompt and its answer.
         max_new_tokens: of a written answer.
         too_long: what becomes of prompts that leave no room for an answer: "raise", or
-            "truncate", which cuts the beginning of the example's own input.
+            "truncate", which leaves out demonstrations, the first shown first, and then cuts
+            the beginning of the example's own input.
         temperature, top_p, seed: see `GenerateOptions`.
     """
 
@@ -104,7 +119,7 @@ class Predictor:
 
     def prompt(self, example: Example, demonstrations: Demonstrations = ()) -> tuple[int, ...]:
         """Token ids of the prompt, which end where the answer starts."""
-        return tuple(self.tokenizer.encode(self._text(example, demonstrations)))
+        return self._tokens(self.task.prompt(example, demonstrations))
 
     def answer(self, text: str) -> tuple[int, ...]:
         """Token ids of an answer and the token that ends it."""
@@ -114,15 +129,19 @@ class Predictor:
         """The examples as the model is trained on them: prompt, answer, end."""
         remaining = iter(examples)
         while chunk := list(itertools.islice(remaining, ENCODED_AT_ONCE)):
-            prompts = self.tokenizer.encode_batch([self._text(example) for example in chunk])
+            rendered = [self._text(self.task.prompt(example)) for example in chunk]
+            prompts = self.tokenizer.encode_batch(rendered)
             texts = [self.tokenizer.escape(self.task.answer(example)) for example in chunk]
             answers = self.tokenizer.encode_batch(texts)
             for example, prompt, answer in zip(chunk, prompts, answers, strict=True):
                 tokens = (*prompt, *answer, self.tokenizer.eos_id)
                 yield Encoded(example.id, tokens, len(prompt), key_of(self.task.user(example)))
 
-    def _text(self, example: Example, demonstrations: Demonstrations = ()) -> str:
-        given, escape = self.task.prompt(example, demonstrations), self.tokenizer.escape
+    def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(self._text(prompt)))
+
+    def _text(self, given: Prompt) -> str:
+        escape = self.tokenizer.escape
         turns = tuple((escape(user), escape(answer)) for user, answer in given.turns)
         prompt = Prompt(given.system, turns, escape(given.user))
         return render(prompt, self.prompt_format, self.tokenizer.chat)
@@ -133,42 +152,52 @@ class Predictor:
         return self.task.labels is not None and self.method != "generate"
 
     def fitted(
-        self, examples: Sequence[Example], demonstrations: Demonstrations = ()
-    ) -> tuple[list[tuple[int, ...]], list[int]]:
-        """Prompts that leave room for an answer, and how many tokens each has lost for it.
+        self, examples: Sequence[Example], demonstrations: Sequence[Demonstrations] = ()
+    ) -> list[Fitted]:
+        """Prompts that leave room for an answer.
 
-        What all prompts open with is never cut, nor is a prompt's last token.
+        What stands before an example's own input is never cut, nor is a prompt's last token.
+
+        Args:
+            examples: what is asked.
+            demonstrations: those of each example; empty: none.
 
         Raises:
             UserError: a prompt is too long, and is not to be cut or would keep nothing.
         """
-        prompts = [self.prompt(example, demonstrations) for example in examples]
+        shown = demonstrations or [()] * len(examples)
         answer = self.max_new_tokens
         if self.by_likelihood:
             answer = max(len(self.answer(label)) for label in self.task.labels or ())
         room = self.window - answer
-        lost = [max(len(prompt) - room, 0) for prompt in prompts]
-        head = common_prefix(prompts) if any(lost) else 0
-        for example, prompt, cut in zip(examples, prompts, lost, strict=True):
-            if cut and (self.too_long == "raise" or cut >= len(prompt) - head):
-                raise UserError(
-                    f"prompt of {len(prompt)} tokens leaves no room for an answer of {answer} in "
-                    f"the window of {self.window}",
-                    f"{self.task.name}, example {example.id}",
-                    "use fewer demonstrations or shorter inputs, or set "
-                    "config.evaluation.too_long=truncate",
-                )
-        cut_prompts = [
-            prompt[:head] + prompt[head + cut :] if cut else prompt
-            for prompt, cut in zip(prompts, lost, strict=True)
-        ]
-        return cut_prompts, lost
+        return [self._fit(*each, room) for each in zip(examples, shown, strict=True)]
+
+    def _fit(self, example: Example, shown: Demonstrations, room: int) -> Fitted:
+        dropped = 0
+        prompt = self.prompt(example, shown)
+        while len(prompt) > room and self.too_long == "truncate" and dropped < len(shown):
+            dropped += 1
+            prompt = self.prompt(example, shown[dropped:])
+        lost = max(len(prompt) - room, 0)
+        if not lost:
+            return Fitted(prompt, lost, dropped)
+        question = self.task.prompt(example)
+        head = common_prefix([prompt, self._tokens(dataclasses.replace(question, user=""))])
+        if self.too_long == "raise" or lost >= len(prompt) - head:
+            raise UserError(
+                f"prompt of {len(prompt)} tokens leaves no room for an answer of "
+                f"{self.window - room} in the window of {self.window}",
+                f"{self.task.name}, example {example.id}",
+                "use fewer demonstrations or shorter inputs, or set "
+                "config.evaluation.too_long=truncate",
+            )
+        return Fitted(prompt[:head] + prompt[head + lost :], lost, dropped)
 
     def predict(
         self,
         variables: Any,
         examples: Sequence[Example],
-        demonstrations: Demonstrations = (),
+        demonstrations: Sequence[Demonstrations] = (),
         on_done: Callable[[int], None] = lambda count: None,
         adapters: Sequence[int] | None = None,
     ) -> list[Prediction]:
@@ -177,7 +206,7 @@ class Predictor:
         Args:
             variables: {"params": ..., "lora": ...}.
             examples: what to answer.
-            demonstrations: shown before each, in this order.
+            demonstrations: those of each example; empty: none.
             on_done: called with the number of examples just finished.
             adapters: which of several each example uses, where "lora" holds several; see
                 `adapters.routing.hold_together`.
@@ -185,7 +214,8 @@ class Predictor:
         Raises:
             UserError: see `fitted`.
         """
-        prompts, lost = self.fitted(examples, demonstrations)
+        fitted = self.fitted(examples, demonstrations)
+        prompts = [each.prompt for each in fitted]
         labels = self.task.labels
         if labels is not None and self.by_likelihood:
             table = label_log_likelihoods(
@@ -203,9 +233,10 @@ class Predictor:
                     labels[int(row.argmax())],
                     labels[int(row.argmax())],
                     dict(zip(labels, row.tolist(), strict=True)),
-                    cut,
+                    each.lost,
+                    each.dropped,
                 )
-                for row, cut in zip(table, lost, strict=True)
+                for row, each in zip(table, fitted, strict=True)
             ]
         options = GenerateOptions(
             max_new_tokens=self.max_new_tokens,
@@ -219,6 +250,6 @@ class Predictor:
         answers = generate(self.model, variables, prompts, options, on_done, adapters)
         texts = [self.tokenizer.decode(answer.tokens) for answer in answers]
         return [
-            Prediction(self.task.parse(text, example), text, lost=cut)
-            for text, example, cut in zip(texts, examples, lost, strict=True)
+            Prediction(self.task.parse(text, example), text, {}, each.lost, each.dropped)
+            for text, example, each in zip(texts, examples, fitted, strict=True)
         ]

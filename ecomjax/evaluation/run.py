@@ -93,6 +93,7 @@ def to_record(example: Example, prediction: Prediction) -> dict[str, Any]:
         "text": prediction.text,
         "scores": prediction.scores,
         "lost": prediction.lost,
+        "dropped": prediction.dropped,
     }
 
 
@@ -105,5 +106,6 @@ def predictions_of_records(records: Iterable[Mapping[str, Any]]) -> list[Predict
             value = Invalid(record["text"], record["invalid"])
         elif isinstance(value, list):
             value = tuple(value)
-        predictions.append(Prediction(value, record["text"], record["scores"], record["lost"]))
+        rest = (record[name] for name in ("text", "scores", "lost", "dropped"))
+        predictions.append(Prediction(value, *rest))
     return predictions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from ecomjax.adapters import lora
 from ecomjax.data.encoded import key_of
 from ecomjax.data.progress import counting
 from ecomjax.errors import UserError
-from ecomjax.evaluation.fewshot import fixed_demonstrations, without_leaks
-from ecomjax.evaluation.predict import Prediction
+from ecomjax.evaluation.fewshot import Chooser
+from ecomjax.evaluation.predict import Demonstrations, Prediction
 from ecomjax.evaluation.run import predictions_of_records, score, to_record
 from ecomjax.experiments import hosts
 from ecomjax.experiments.assembly import (
@@ -73,37 +74,39 @@ def _fewshot(config: IclConfig, folder: Workdir) -> None:
     """Chooses the number of demonstrations on validation, and scores it and zero-shot.
 
     Every number of demonstrations is compared on the same examples: those that share
-    nothing with any demonstration.
+    nothing with any demonstration that all are shown.
     """
-    task = get_task(config.task.name, **config.task.options)
+    task, few = get_task(config.task.name, **config.task.options), config.fewshot
     asked = Asked(task.name, task, config.task)
     base = load_base(config.model, config.mesh)
     train = load_examples(task, config.data, "train")
-    folder.record_start(base=base.identity, seed=config.fewshot.seed, data={"train": len(train)})
-    shots = sorted(set(config.fewshot.shots))
-    shown = fixed_demonstrations(train, shots[-1], config.fewshot.seed)
+    folder.record_start(base=base.identity, seed=few.seed, data={"train": len(train)})
+    shots = sorted(set(few.shots))
+    chooser = Chooser(task, train, shots[-1], few.seed, few.policy, few.order)
 
     def scored(examples: Sequence[Example], k: int, split: str) -> dict[str, Any]:
         where = folder, f"{split}-{k}-shot"
         variables = {"params": base.params}
-        return _scored(asked, config.evaluation, base, variables, examples, shown[:k], *where)
+        shown = [chooser.of(example, k) for example in examples]
+        return _scored(asked, config.evaluation, base, variables, examples, shown, *where)
 
     validation = load_examples(task, config.data, "validation")
-    validation = choose(validation, config.fewshot.select_examples, config.fewshot.seed)
-    clean = without_leaks(task, validation, shown)
+    validation = choose(validation, few.select_examples, few.seed)
+    clean = chooser.scorable(validation)
     found = {k: scored(clean, k, "validation") for k in shots}
     best = max(shots, key=lambda k: found[k]["metrics"][task.headline]["value"])
     say(f"{task.name}: {best} demonstrations are best on {len(clean)} validation examples")
 
     split = config.evaluation.split
     examples = load_examples(task, config.data, split)
-    clean = without_leaks(task, examples, shown)
+    clean = chooser.scorable(examples)
     for k in sorted({0, best} & {*shots, best}):
         scored(clean, k, split)
     chosen = {
         "chosen": best,
         "split": split,
-        "demonstrations": [example.id for example in shown],
+        "policy": few.policy,
+        "order": few.order,
         "excluded": len(examples) - len(clean),
     }
     hosts.on_main(lambda: write_json(folder.path / "eval" / task.name / "shots.json", chosen))
@@ -124,12 +127,23 @@ def _scored(
     base: Base,
     variables: Any,
     examples: Sequence[Example],
-    demonstrations: Sequence[Example],
+    demonstrations: Sequence[Demonstrations],
     folder: Workdir,
     name: str,
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The scores called `name`, read if they are there and else computed and written.
+
+    Args:
+        asked: the task, and how it is asked.
+        settings: of the evaluation.
+        base: what is asked.
+        variables: its weights, and an adapter or several.
+        examples: all of them.
+        demonstrations: those of each example; empty: none.
+        folder: where the scores are or go.
+        name: of the scores.
+        facts: further ones that are written beside the scores.
 
     Raises:
         UserError: they are there, of other settings, other predictions than lie beside or other
@@ -138,9 +152,7 @@ def _scored(
     label, task = asked.label, asked.task
     path, kept = folder.scores(label, name), folder.predictions(label, name)
     wanted = to_dict(settings) | to_dict(asked.config) | {"split": name}
-    texts = [(e.id, task.user(e) + task.answer(e)) for e in demonstrations]
-    shown = {id: f"{key_of(text):016x}" for id, text in texts}
-    wanted |= {"base": base.identity.sha256, "demonstrations": shown}
+    wanted |= {"base": base.identity.sha256, "demonstrations": _digest(task, demonstrations)}
     del wanted["batch_size"]  # no score depends on it
 
     def read() -> dict[str, Any] | None:
@@ -159,13 +171,16 @@ def _scored(
 
     def write(predictions: Sequence[Prediction]) -> dict[str, Any]:
         records = [to_record(e, p) for e, p in zip(examples, predictions, strict=True)]
+        for record, shown in zip(records, demonstrations, strict=False):
+            record["demonstrations"] = [each.id for each in shown]
         write_jsonl(kept, records)
         result = {
             "task": label,
             "name": name,
             "n": len(examples),
-            "demonstrations": len(demonstrations),
+            "demonstrations": max(map(len, demonstrations), default=0),
             "truncated": sum(prediction.lost > 0 for prediction in predictions),
+            "with_fewer_demonstrations": sum(p.dropped > 0 for p in predictions),
             "headline": task.headline,
             "metrics": score(task, predictions, examples, settings.resamples, settings.seed),
             "predictions_sha256": sha256_of([kept]),
@@ -185,6 +200,12 @@ def _scored(
         result = hosts.on_main(lambda: write(predictions))
     say(_told(asked, name, result))
     return result
+
+
+def _digest(task: Task, demonstrations: Sequence[Demonstrations]) -> str:
+    """Changes with the id or the text of any demonstration of any example."""
+    told = [[[e.id, task.user(e), task.answer(e)] for e in shown] for shown in demonstrations]
+    return f"{key_of(json.dumps(told)):016x}"
 
 
 def check_predictions(result: Mapping[str, Any], predictions: Path) -> None:

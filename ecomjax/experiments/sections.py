@@ -208,7 +208,8 @@ class EvaluationConfig:
     batch_size: Positive = 16
     """Prompts at once; no score depends on it."""
     too_long: Literal["truncate", "raise"] = "raise"
-    """What becomes of prompts that leave no room for an answer; truncate: input is cut."""
+    """What becomes of prompts that leave no room for an answer; truncate: demonstrations are
+    left out, then input is cut, and both are counted."""
     temperature: NonNegative = 0.0
     """0: greedy."""
     top_p: Annotated[float, Interval(0.0, 1.0, open_low=True)] = 1.0
@@ -222,6 +223,10 @@ class FewShotConfig:
     """Demonstrations in the prompt: the numbers tried, and how one of them is chosen."""
 
     shots: Annotated[tuple[Count, ...], Filled()] = (0, 1, 3, 8)
+    policy: Literal["fixed", "balanced", "random", "similar"] = "fixed"
+    """Which are shown; see `evaluation.fewshot.Chooser`."""
+    order: Literal["drawn", "reversed", "shuffled"] = "drawn"
+    """How they follow each other; drawn: under similar the most similar first."""
     select_examples: Positive = 200
     """Validation examples by which the number of shots is chosen."""
     seed: Count = 0

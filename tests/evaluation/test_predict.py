@@ -168,7 +168,7 @@ def test_f35_answers_do_not_depend_on_order_or_batch(make, variables, method):
     def ask(order, batch_size):
         predictor = make(task, "exact", method=method, batch_size=batch_size)
         predictor.tokenizer.decode = lambda ids: f"exact {list(ids)}"
-        found = predictor.predict(variables, order, shown)
+        found = predictor.predict(variables, order, [shown] * len(order))
         return {e.id: (p.value, p.text, p.scores) for e, p in zip(order, found, strict=True)}
 
     one, other = ask(examples, 4), ask(examples[::-1], 1)
@@ -208,22 +208,41 @@ def test_a_prompt_too_long_for_the_window_is_told_not_cut(make, variables):
 
 @pytest.mark.parametrize("method", ["likelihood", "generate"])
 def test_a_prompt_that_may_be_cut_loses_the_beginning_of_its_own_input(make, variables, method):
-    """The instruction, which all prompts share, stays; so does what the answer follows."""
+    """The instruction stays, and so does what the answer follows; other prompts do not matter."""
     examples = examples_of(Esci(), 3)
     whole = make(Esci(), method=method)
-    prompts, none = whole.fitted(examples)
+    prompts = [each.prompt for each in whole.fitted(examples)]
     longest = max(map(len, prompts))
     answer = 5 if method == "generate" else 2
-    assert none == [0, 0, 0]
+    assert prompts == [whole.prompt(example) for example in examples]
     cut = make(Esci(), window=longest - 2 + answer, method=method, too_long="truncate")
-    fitted, lost = cut.fitted(examples)
-    shared = next(i for i in range(longest) if len({p[i] for p in prompts}) > 1)
-    for prompt, found, gone in zip(prompts, fitted, lost, strict=True):
-        assert gone == max(len(prompt) - (longest - 2), 0)
+    fitted = cut.fitted(examples)
+    shared = len(Words().encode(f"<system> {Esci.system} <user>"))
+    assert fitted == [cut.fitted([example])[0] for example in examples]
+    for prompt, (found, gone, dropped) in zip(prompts, fitted, strict=True):
+        assert gone == max(len(prompt) - (longest - 2), 0) and not dropped
         assert found == prompt[:shared] + prompt[shared + gone :]
+    lost = [each.lost for each in fitted]
     assert [p.lost for p in cut.predict(variables, examples)] == lost and any(lost)
     with pytest.raises(UserError, match="leaves no room"):
         make(Esci(), window=shared + answer, method=method, too_long="truncate").fitted(examples)
+
+
+def test_demonstrations_are_left_out_before_input_is_cut(make, variables):
+    """The first shown go first, as many as are needed, prompt by prompt."""
+    examples, train = examples_of(Esci(), 3), SyntheticSource(0, Sizes(3, 3, 6))
+    shown = [Esci().load(train, "train")[:k] for k in (3, 0, 2)]
+    whole = make(Esci())
+    sizes = [len(whole.prompt(e, d[1:])) for e, d in zip(examples, shown, strict=True)]
+    cut = make(Esci(), window=sizes[0] + 2, too_long="truncate")
+    found = cut.predict(variables, examples, shown)
+    assert found[0].dropped == 1 and found[1].dropped == 0 and not any(p.lost for p in found)
+    for example, given, each in zip(examples, shown, cut.fitted(examples, shown), strict=True):
+        assert each.prompt == whole.prompt(example, given[each.dropped :])
+    small = make(Esci(), window=len(whole.prompt(examples[0])) + 1, too_long="truncate")
+    assert small.fitted(examples[:1], shown[:1])[0][1:] == (1, 3)  # one token, all three
+    with pytest.raises(UserError, match="use fewer demonstrations"):
+        make(Esci(), window=sizes[0] + 2).fitted(examples, shown)
 
 
 def test_no_text_of_a_row_can_end_a_turn(make):

@@ -41,14 +41,15 @@ def no_model(*_, **__):
 def asked(monkeypatch):
     """Puts a stand-in for the model: function (example, demonstrations) -> prediction.
 
-    Returns the list of requests as (examples, demonstrations).
+    Returns the list of requests as (examples, demonstrations of the first).
     """
     requests = []
 
     def use(answer):
         def predict(self, variables, examples, demonstrations=(), on_done=None):
-            requests.append((list(examples), list(demonstrations)))
-            values = [answer(example, demonstrations) for example in examples]
+            shown = demonstrations or [[]] * len(examples)
+            requests.append((list(examples), list(shown[0])))
+            values = [answer(*each) for each in zip(examples, shown, strict=True)]
             return [Prediction(value, str(value)) for value in values]
 
         monkeypatch.setattr(Predictor, "predict", predict)
@@ -258,6 +259,27 @@ def test_no_example_is_scored_that_a_demonstration_shows(make_config, asked, lea
     assert shots["excluded"] == 2
     # Zero-shot is scored on the same examples as the rest.
     assert sorted({len(examples) for examples, _ in requests}) == [4, 6]
+
+
+def test_what_each_example_was_shown_is_kept_and_never_shares_its_text(
+    make_config, asked, leaky_data, tmp_path
+):
+    """Under a policy of its own for each example no example is left out."""
+    changes = {"data.source": "local", "data.path": str(leaky_data), "fewshot.shots": (0, 2)}
+    asked(lambda example, shown: example.target if shown else Invalid("?", "no label"))
+    config = make_config("icl", changes=changes | {"fewshot.policy": "similar"})
+    evaluate.run(config, str(tmp_path / "run"))
+    place = tmp_path / "run" / "eval" / "esci"
+    shots = read_json(place / "shots.json")
+    assert (shots["policy"], shots["excluded"], shots["chosen"]) == ("similar", 0, 2)
+    train = {e.id: TASK.user(e) for e in load_examples(TASK, config.data, "train")}
+    records = read_jsonl(place / "test-2-shot.predictions.jsonl")
+    examples = {e.id: TASK.user(e) for e in load_examples(TASK, config.data, "test")}
+    assert [record["id"] for record in records] == list(examples) and len(records) == 8
+    for record in records:
+        assert len(record["demonstrations"]) == 2 and record["id"] not in record["demonstrations"]
+        shown = [train[id] for id in record["demonstrations"]]
+        assert examples[record["id"]] not in shown
 
 
 def test_invalid_outputs_are_wrong_and_stay_in_the_denominator(make_config, asked, tmp_path):
