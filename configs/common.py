@@ -70,6 +70,7 @@ def task(name: str, smoke: bool = False) -> ConfigDict:
             "prompt": "chat",
             "method": "auto",
             "max_new_tokens": 16 if smoke else TASKS[name]["max_new_tokens"],
+            "label_score": "sum",
         }
     )
 

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
+import numpy as np
+from jaxtyping import Float
 
 from ecomjax.data.encoded import Encoded, key_of
 from ecomjax.decoding.generate import GenerateOptions, generate
 from ecomjax.decoding.prefix import common_prefix
 from ecomjax.decoding.score import label_log_likelihoods
 from ecomjax.errors import UserError
+from ecomjax.metrics import calibration
 from ecomjax.tasks.base import Example, Prompt, Task
 from ecomjax.tasks.prompts import render
 
@@ -21,6 +24,10 @@ Demonstrations = Sequence[Example]
 """Shown before a question, in this order."""
 
 Method = Literal["auto", "likelihood", "generate"]
+LabelScore = Literal["sum", "mean", "calibrated"]
+
+CONTENT_FREE = ("N/A", "[MASK]", "")
+"""Inputs that say nothing, whose answers show which labels a prompt favours by itself."""
 
 ENCODED_AT_ONCE = 1024
 """Examples whose texts are tokenized together: a batch of them goes over all cores."""
@@ -54,7 +61,7 @@ class Prediction:
     Attributes:
         value: of the type of `Example.target`, or `Invalid`.
         text: the answer as text; for label likelihoods, the most likely label.
-        scores: log-likelihood of every label, where labels were scored; else empty.
+        scores: score of every label, where labels were scored; else empty.
         lost: tokens of the input that were cut to leave room for the answer.
         dropped: demonstrations that were left out for it.
     """
@@ -87,6 +94,10 @@ class Predictor:
         prompt_format: "chat" or "alpaca".
         method: "likelihood" scores the task's labels, "generate" lets the model write;
             "auto" is likelihood where the task has labels.
+        label_score: what labels are compared by: "sum", log p(label | prompt), of all tokens of
+            the label and the one that ends it; "mean", that by token, which does not favour
+            short labels; "calibrated", see `metrics.calibration.contextual`. Of labels with
+            equal scores the first of the task is chosen.
         batch_size: prompts at once.
         window: most tokens of a prompt and its answer.
         max_new_tokens: of a written answer.
@@ -108,6 +119,7 @@ class Predictor:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    label_score: LabelScore = "sum"
 
     def __post_init__(self):
         if self.method == "likelihood" and self.task.labels is None:
@@ -216,18 +228,11 @@ class Predictor:
         """
         fitted = self.fitted(examples, demonstrations)
         prompts = [each.prompt for each in fitted]
-        labels = self.task.labels
-        if labels is not None and self.by_likelihood:
-            table = label_log_likelihoods(
-                self.model,
-                variables,
-                prompts,
-                [self.answer(label) for label in labels],
-                batch_size=self.batch_size,
-                window=self.window,
-                on_done=on_done,
-                adapters=adapters,
+        if self.by_likelihood:
+            table = self._score_labels(
+                variables, examples, demonstrations, fitted, on_done, adapters
             )
+            labels = self.task.labels or ()
             return [
                 Prediction(
                     labels[int(row.argmax())],
@@ -253,3 +258,51 @@ class Predictor:
             Prediction(self.task.parse(text, example), text, {}, each.lost, each.dropped)
             for text, example, each in zip(texts, examples, fitted, strict=True)
         ]
+
+    def _score_labels(
+        self,
+        variables: Any,
+        examples: Sequence[Example],
+        demonstrations: Sequence[Demonstrations],
+        fitted: Sequence[Fitted],
+        on_done: Callable[[int], None],
+        adapters: Sequence[int] | None,
+    ) -> Float[np.ndarray, "n labels"]:
+        """The score of each label of the task for each example, see `label_score`."""
+        labels = [self.answer(label) for label in self.task.labels or ()]
+
+        def log_likelihoods(prompts, on_done, adapters):
+            return label_log_likelihoods(
+                self.model,
+                variables,
+                prompts,
+                labels,
+                batch_size=self.batch_size,
+                window=self.window,
+                on_done=on_done,
+                adapters=adapters,
+            )
+
+        table = log_likelihoods([each.prompt for each in fitted], on_done, adapters)
+        if self.label_score == "mean":
+            return table / np.array([len(label) for label in labels], np.float32)
+        if self.label_score == "sum":
+            return table
+        shown = demonstrations or [()] * len(examples)
+        used = adapters or [None] * len(examples)
+        # What examples with the same demonstrations would be asked without any content is one.
+        asked: dict[tuple[Any, ...], int] = {}
+        places = []
+        for example, each, given, adapter in zip(examples, fitted, shown, used, strict=True):
+            question = self.task.prompt(example, given[each.dropped :])
+            for text in CONTENT_FREE:
+                prompt = self._tokens(dataclasses.replace(question, user=text))
+                places.append(asked.setdefault((prompt, adapter), len(asked)))
+        prior = log_likelihoods(
+            [prompt for prompt, _ in asked],
+            lambda count: None,
+            None if adapters is None else [adapter for _, adapter in asked],
+        )
+        return calibration.contextual(
+            table, prior[places].reshape(len(examples), len(CONTENT_FREE), len(labels))
+        )

@@ -260,6 +260,7 @@ def make_predictor(
         temperature=config.temperature,
         top_p=config.top_p,
         seed=config.seed,
+        label_score=task_config.label_score,
     )
 
 

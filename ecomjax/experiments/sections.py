@@ -68,6 +68,8 @@ class TaskConfig:
     """How answers are found; auto: by likelihood where there is a closed set of labels."""
     max_new_tokens: Positive = 64
     """Of a written answer."""
+    label_score: Literal["sum", "mean", "calibrated"] = "sum"
+    """What labels are compared by; see `evaluation.predict.Predictor`."""
 
 
 @dataclasses.dataclass(frozen=True)

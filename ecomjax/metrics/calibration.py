@@ -29,6 +29,21 @@ def probabilities(loglikelihoods: Float[np.ndarray, "n C"]) -> Float[np.ndarray,
     return softmax(loglikelihoods, axis=-1)
 
 
+def contextual(
+    loglikelihoods: Float[np.ndarray, "n C"], content_free: Float[np.ndarray, "n P C"]
+) -> Float[np.ndarray, "n C"]:
+    """log p(label | prompt) - log p(label | prompt without content), both among the labels.
+
+    Contextual calibration (Zhao et al. 2021, arXiv 2102.09690, section 5): what a prompt
+    favours whatever is asked is divided out. The second p is the mean over P prompts.
+    """
+    from scipy.special import log_softmax, logsumexp
+
+    given = log_softmax(loglikelihoods, axis=-1)
+    favoured = logsumexp(log_softmax(content_free, axis=-1), axis=1)
+    return given - favoured + np.log(content_free.shape[1], dtype=given.dtype)
+
+
 def statistics(
     loglikelihoods: Float[np.ndarray, "n C"], gold: Sequence[str], labels: Sequence[str]
 ) -> Float[np.ndarray, "n S"]:

@@ -1,3 +1,4 @@
+import dataclasses
 import zlib
 
 import jax
@@ -11,9 +12,9 @@ from ecomjax.adapters.rules import LoraRule
 from ecomjax.data.sources import Row, SyntheticSource
 from ecomjax.data.store import Sizes
 from ecomjax.errors import UserError
-from ecomjax.evaluation.predict import Predictor
+from ecomjax.evaluation.predict import CONTENT_FREE, Predictor
 from ecomjax.metrics.calibration import probabilities
-from ecomjax.tasks.base import Invalid
+from ecomjax.tasks.base import Example, Invalid
 from ecomjax.tasks.esci import LABELS, Esci
 from ecomjax.tasks.instruction import Instruction
 from ecomjax.tasks.queryner import QueryNer
@@ -158,6 +159,36 @@ def test_f38_shares_of_labels_that_open_alike(make, variables, tiny):
     np.testing.assert_allclose(shares, brute_force, rtol=1e-5, atol=1e-9)
     assert shares.sum() == pytest.approx(1, abs=1e-12)
     assert found.value == labels[int(brute_force.argmax())]
+
+
+class Plain(Esci):
+    """Asks the query as it is, for labels of different lengths."""
+
+    labels = ("aa", "a", "b b")
+
+    def user(self, example):
+        return example.inputs["query"]
+
+
+def test_other_scores_of_labels_by_hand(make, variables):
+    """Sums by length; and sums less the mean of what three questions without content get."""
+    examples = [Example(word, {"query": word}, "a") for word in ("x", "y")]
+    shown = [[examples[1]], []]
+
+    def table(texts, label_score):
+        asked = [dataclasses.replace(e, inputs={"query": text}) for e, text in texts]
+        found = make(Plain(), label_score=label_score).predict(variables, asked, shown)
+        for each in found:
+            assert each.value == max(each.scores, key=lambda label: each.scores[label])
+        return np.array([list(each.scores.values()) for each in found], np.float64)
+
+    own = [(e, e.inputs["query"]) for e in examples]
+    sums, found = table(own, "sum"), table(own, "calibrated")
+    np.testing.assert_allclose(table(own, "mean"), sums / [2, 2, 3], rtol=1e-6)
+    blank = [table([(e, text) for e in examples], "sum") for text in CONTENT_FREE]
+    favoured = np.mean([probabilities(each) for each in blank], axis=0)
+    np.testing.assert_allclose(found, np.log(probabilities(sums) / favoured), atol=1e-5)
+    assert (found.argsort(-1) != sums.argsort(-1)).any()
 
 
 @pytest.mark.parametrize("method", ["likelihood", "generate"])

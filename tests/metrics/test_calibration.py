@@ -76,3 +76,13 @@ def test_what_is_no_likelihood_is_refused(bad):
 def test_another_number_of_labels_is_refused():
     with pytest.raises(ValueError, match="1x2 log-likelihoods for 1 examples of 3 labels"):
         scores(np.zeros((1, 2)), ["Exact"])
+
+
+def test_what_a_prompt_favours_anyway_is_divided_out():
+    """Zhao et al. 2021: p / p_cf, here of the mean over two prompts without content."""
+    p = np.array([[0.7, 0.2, 0.1]])
+    content_free = np.array([[[0.8, 0.1, 0.1], [0.6, 0.3, 0.1]]])
+    found = calibration.contextual(np.log(p) - 300.0, np.log(content_free) - 500.0)
+    np.testing.assert_allclose(found, np.log([[0.7 / 0.7, 0.2 / 0.2, 0.1 / 0.1]]), atol=1e-9)
+    same = calibration.contextual(np.log(p), np.log(np.full((1, 2, 3), 1 / 3)))
+    np.testing.assert_allclose(calibration.probabilities(same), p)
