@@ -14,7 +14,7 @@ from ecomjax.data.encoded import key_of
 from ecomjax.data.progress import counting
 from ecomjax.errors import UserError
 from ecomjax.evaluation.fewshot import Chooser
-from ecomjax.evaluation.predict import Demonstrations, Prediction
+from ecomjax.evaluation.predict import Demonstrations, Predictor
 from ecomjax.evaluation.run import predictions_of_records, score, to_record
 from ecomjax.experiments import hosts
 from ecomjax.experiments.assembly import (
@@ -30,12 +30,16 @@ from ecomjax.experiments.assembly import (
 )
 from ecomjax.experiments.config import FinetuneConfig, IclConfig, to_dict
 from ecomjax.experiments.files import jsonable, read_json, read_jsonl, write_json, write_jsonl
+from ecomjax.experiments.partial import Partial
 from ecomjax.experiments.sections import EvaluationConfig, TaskConfig
 from ecomjax.experiments.workdir import Workdir
 from ecomjax.hf.files import sha256_of
 from ecomjax.hf.peft import read_adapter
 from ecomjax.tasks.base import Example, Task
 from ecomjax.tasks.registry import get_task
+
+KEPT_AFTER = 16
+"""Batches after which their predictions are kept, whatever happens then."""
 
 
 def run(config: FinetuneConfig | IclConfig, workdir: str) -> None:
@@ -169,11 +173,14 @@ def _scored(
         _check_examples(examples, kept)
         return result
 
-    def write(predictions: Sequence[Prediction]) -> dict[str, Any]:
-        records = [to_record(e, p) for e, p in zip(examples, predictions, strict=True)]
-        for record, shown in zip(records, demonstrations, strict=False):
-            record["demonstrations"] = [each.id for each in shown]
+    told = [(e.id, key_of(f"{task.user(e)}\n{task.answer(e)}")) for e in examples]
+    partial = Partial(folder.partial(label, name), [wanted, told])
+
+    def write() -> dict[str, Any]:
+        by_id = {record["id"]: record for record in partial.read()}
+        records = [by_id[example.id] for example in examples]
         write_jsonl(kept, records)
+        predictions = predictions_of_records(records)
         result = {
             "task": label,
             "name": name,
@@ -188,18 +195,44 @@ def _scored(
             **(facts or {}),
         }
         write_json(path, result)
+        partial.remove()
         return read_json(path)
 
     result = hosts.on_main(read)
     if result is None:
         hosts.check_same("examples", [example.id for example in examples])
         predictor = make_predictor(base, task, asked.config, settings)
-        progress = counting(len(examples), f"{label} {name}", "example")
-        with sharding.use(base.mesh), progress as on_done:
-            predictions = predictor.predict(variables, examples, demonstrations, on_done)
-        result = hosts.on_main(lambda: write(predictions))
+        with sharding.use(base.mesh):
+            _predict(predictor, variables, examples, demonstrations, partial, f"{label} {name}")
+        result = hosts.on_main(write)
     say(_told(asked, name, result))
     return result
+
+
+def _predict(
+    predictor: Predictor,
+    variables: Any,
+    examples: Sequence[Example],
+    demonstrations: Sequence[Demonstrations],
+    partial: Partial,
+    what: str,
+) -> None:
+    """Adds records of the examples that it lacks, some batches at a time."""
+    done = set(hosts.on_main(lambda: [record["id"] for record in partial.start()]))
+    shown = demonstrations or [()] * len(examples)
+    missing = [pair for pair in zip(examples, shown, strict=True) if pair[0].id not in done]
+    if done:
+        say(f"{what}: {len(done)} of {len(examples)} examples are there already")
+    at_once = KEPT_AFTER * predictor.batch_size
+    with counting(len(missing), what, "example") as on_done:
+        for first in range(0, len(missing), at_once):
+            asked, given = zip(*missing[first : first + at_once], strict=True)
+            predictions = predictor.predict(variables, asked, given, on_done)
+            records = [
+                to_record(example, prediction) | {"demonstrations": [each.id for each in few]}
+                for example, prediction, few in zip(asked, predictions, given, strict=True)
+            ]
+            hosts.on_main(lambda records=records: partial.add(records))
 
 
 def _digest(task: Task, demonstrations: Sequence[Demonstrations]) -> str:

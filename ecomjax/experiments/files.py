@@ -45,8 +45,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, values: Sequence[Any]) -> None:
     """Replaces a file by one line of JSON for each value, see `jsonable`."""
+    write_bytes(path, lines_of(values))
+
+
+def lines_of(values: Sequence[Any]) -> bytes:
+    """One line of JSON for each value, see `jsonable`."""
     lines = (json.dumps(jsonable(v), ensure_ascii=False, allow_nan=False) for v in values)
-    write_text(path, "".join(line + "\n" for line in lines))
+    return "".join(line + "\n" for line in lines).encode("utf-8")
 
 
 def jsonable(value: Any) -> Any:

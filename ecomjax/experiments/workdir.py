@@ -8,7 +8,8 @@ adapter/                            the adapter in PEFT layout
 model/, merge.json                  a base with adapters fused in; how adapters were merged
 metrics.jsonl, tensorboard/         see `ecomjax.training.writers`
 skipped.json                        examples of the steps that training could not learn from
-eval/<task>/<split>.metrics.json    scores, and .predictions.jsonl the examples behind them
+eval/<task>/<split>.metrics.json    scores, and .predictions.jsonl the examples behind them;
+                                    .partial.jsonl those so far
 runs/<name>/                        run folders of a study, beside its results.jsonl, report.md
 """
 
@@ -86,6 +87,9 @@ class Workdir:
 
     def predictions(self, task: str, split: str) -> Path:
         return self.path / "eval" / task / f"{split}.predictions.jsonl"
+
+    def partial(self, task: str, split: str) -> Path:
+        return self.path / "eval" / task / f"{split}.partial.jsonl"
 
     def subrun(self, name: str) -> Workdir:
         """The folder of one run of a study."""

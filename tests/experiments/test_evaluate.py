@@ -158,14 +158,60 @@ def test_without_an_adapter_nothing_is_made(config, tmp_path):
 
 
 def test_dying_between_the_two_files_leaves_no_scores(config, make_config, asked, tmp_path):
-    """The scores are written last: with them, the predictions are there."""
-    asked(lambda example, shown: example.target)
+    """The scores are written last: with them, the predictions are there, and not asked again."""
+    requests = asked(lambda example, shown: example.target)
     icl = make_config("icl", changes={"fewshot.shots": (0,)})
     with mock.patch.object(evaluate, "write_json", side_effect=KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
             evaluate.run(icl, str(tmp_path))
     names = {path.name for path in (tmp_path / "eval" / "esci").iterdir()}
-    assert names == {"validation-0-shot.predictions.jsonl"}
+    assert names == {f"validation-0-shot.{kind}.jsonl" for kind in ("predictions", "partial")}
+    requests.clear()
+    evaluate.run(icl, str(tmp_path))
+    assert [len(examples) for examples, _ in requests] == [12]  # of test alone
+
+
+def test_an_interrupted_evaluation_asks_for_what_is_missing_and_ends_alike(
+    make_config, asked, tmp_path, contents, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "KEPT_AFTER", 2)
+    changes = {"fewshot.shots": (0,), "evaluation.batch_size": 2}
+    config, left = make_config("icl", changes=changes), [5]
+
+    def answer(example, shown):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return example.target
+
+    requests = asked(answer)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(config, str(tmp_path / "run"))
+    (partial,) = (tmp_path / "run" / "eval" / "esci").iterdir()
+    # The process may have died while it wrote.
+    partial.write_bytes(partial.read_bytes() + b'{"id": "half a li')
+    first = [e.id for e in requests[0][0]]
+    requests.clear()
+    left[0] = 99
+    evaluate.run(config, str(tmp_path / "run"))
+    assert [len(examples) for examples, _ in requests] == [4, 4, 4, 4]
+    assert not set(first) & {e.id for e in requests[0][0]}
+    evaluate.run(config, str(tmp_path / "whole"))
+    same, whole = (contents(tmp_path / folder / "eval") for folder in ("run", "whole"))
+    assert same == whole and not any("partial" in str(path) for path in same)
+
+
+def test_what_was_begun_with_other_settings_is_begun_anew(make_config, asked, tmp_path, capsys):
+    requests = asked(lambda example, shown: example.target)
+    icl = make_config("icl", changes={"fewshot.shots": (0,)})
+    with mock.patch.object(evaluate, "write_json", side_effect=KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.run(icl, str(tmp_path))
+    path = tmp_path / "eval" / "esci" / "validation-0-shot.partial.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"resamples": 50', b'"resamples": 51', 1))
+    requests.clear()
+    evaluate.run(icl, str(tmp_path))
+    assert [len(examples) for examples, _ in requests] == [8, 12]
 
 
 @pytest.mark.parametrize(
