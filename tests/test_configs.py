@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 from ml_collections import ConfigDict
 
-from configs import common, finetune, icl, merged, models, plans, study
+from configs import common, export, finetune, icl, merged, models, plans, score, study
 from ecomjax.experiments.config import from_config, to_dict
 from ecomjax.hf import presets
 
@@ -20,6 +20,9 @@ ALL = [
     (merged, ""),
     (merged, "llama2_7b"),
     (merged, "esci+queryner,smollm2_360m"),
+    (export, ""),
+    (export, "llama2_7b"),
+    (score, "esci+queryner,smollm2_360m"),
 ]
 
 
@@ -83,6 +86,8 @@ def test_smoke_is_smaller():
         (icl, "esci,smoke,llama9", "configs/models.py"),
         (study, "queryner", "configs/study.py:quickstart"),
         (merged, "llama9", "configs/merged.py:llama2_7b"),
+        (export, "llama9", "configs/export.py:llama2_7b"),
+        (score, "", "configs/score.py:queryner"),
         (plans, "llama2_7b", "configs/plans.py:llama2_7b_lora"),
     ],
 )

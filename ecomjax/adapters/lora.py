@@ -213,6 +213,32 @@ def delta(params: Params, adapter: Adapter) -> Params:
     return trees.unflatten({path: leaf.delta(kernels[path]) for path, leaf in flat.items()})
 
 
+def uniform(adapter: Adapter) -> Adapter:
+    """The same deltas, every kernel at the largest rank and with a scale of 1.
+
+    For readers that know one rank and one alpha alone. Scales go into `b`, in float32.
+
+    Raises:
+        UserError: a leaf that is no `LowRank`, whose delta takes the base to know.
+    """
+    flat = trees.flatten(adapter)
+    for path, leaf in flat.items():
+        if type(leaf) is not LowRank:
+            raise UserError(f"{type(leaf).__name__} has no deltas alone", path, "fuse it instead")
+    rank = max(leaf.a.shape[-1] for leaf in flat.values())
+
+    def of(leaf: LowRank) -> LowRank:
+        scale = jnp.asarray(leaf.scale, jnp.float32)
+        room = (0, rank - leaf.a.shape[-1])
+        stack = ((0, 0),) * scale.ndim
+        a = jnp.pad(jnp.asarray(leaf.a), (*stack, (0, 0), room))
+        b = jnp.pad(jnp.asarray(leaf.b), (*stack, room, (0, 0)))
+        b = (scale[..., None, None] * b.astype(jnp.float32)).astype(b.dtype)
+        return LowRank(a, b, jnp.ones_like(scale), leaf.dropout)
+
+    return trees.unflatten({path: of(leaf) for path, leaf in flat.items()})
+
+
 def split(adapter: Adapter) -> tuple[Adapter, Adapter]:
     """(trained, fixed): the same tree twice, each with the other's fields set to None.
 

@@ -28,6 +28,7 @@ from ecomjax.experiments.sections import (
     MixtureConfig,
     ModelConfig,
     OptimizerConfig,
+    Positive,
     SearchConfig,
     TaskConfig,
     TrainingConfig,
@@ -108,12 +109,51 @@ class MergedConfig:
     """Whether adapters may be of different bases, or of another one than the model."""
 
 
-Config = FinetuneConfig | IclConfig | StudyConfig | MergedConfig
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """An adapter written for other programs."""
+
+    experiment: Literal["export"]
+    model: ModelConfig
+    """The base: its shape alone, unless the adapter is fused, which its weights are needed for."""
+    adapter: str = ""
+    """Folder in the layout of PEFT, or a run folder that holds one."""
+    output: Literal["adapter", "model"] = "model"
+    """What is written: an adapter, or the base with it fused in, in `model.param_dtype`."""
+    vllm: bool = False
+    """Whether the adapter has to be one that vLLM serves; ranks and scales are made alike."""
+    vllm_rank: Positive = 16
+    """vLLM's `--max-lora-rank`."""
+    any_base: bool = False
+    """Whether the adapter may be of another base than the model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    """The untuned model and adapters to it, on the same examples."""
+
+    experiment: Literal["score"]
+    model: ModelConfig
+    tasks: dict[str, TaskConfig]
+    data: DataConfig
+    evaluation: EvaluationConfig
+    adapters: tuple[str, ...] = ()
+    """Folders in the layout of PEFT, or run folders that hold one: trained, or merged."""
+    base: bool = True
+    """Whether the untuned model is scored too."""
+    any_base: bool = False
+    """Whether adapters may be of another base than the model."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+Config = FinetuneConfig | IclConfig | StudyConfig | MergedConfig | ExportConfig | ScoreConfig
 EXPERIMENTS: dict[str, type] = {
     "finetune": FinetuneConfig,
     "icl": IclConfig,
     "study": StudyConfig,
     "merged": MergedConfig,
+    "export": ExportConfig,
+    "score": ScoreConfig,
 }
 
 
@@ -136,6 +176,8 @@ def from_config(config: Mapping[str, Any] | ConfigDict) -> Config:
         _check_study(result)
     if isinstance(result, FinetuneConfig):
         _check_finetune(result)
+    if isinstance(result, ExportConfig):
+        return result
     if result.data.source == "local" and not result.data.path:
         raise UserError("empty folder", "config.data.path", "name the folder of the local data")
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,8 +29,9 @@ from ecomjax.experiments.assembly import (
     make_tasks,
     say,
 )
-from ecomjax.experiments.config import FinetuneConfig, IclConfig, to_dict
+from ecomjax.experiments.config import FinetuneConfig, IclConfig, ScoreConfig, to_dict
 from ecomjax.experiments.files import jsonable, read_json, read_jsonl, write_json, write_jsonl
+from ecomjax.experiments.given import find_adapter, read_given
 from ecomjax.experiments.partial import Partial
 from ecomjax.experiments.sections import EvaluationConfig, TaskConfig
 from ecomjax.experiments.workdir import Workdir
@@ -37,15 +39,23 @@ from ecomjax.hf.files import sha256_of
 from ecomjax.hf.peft import read_adapter
 from ecomjax.tasks.base import Example, Task
 from ecomjax.tasks.registry import get_task
+from ecomjax.typing import Adapter
 
 KEPT_AFTER = 16
 """Batches after which their predictions are kept, whatever happens then."""
 
 
-def run(config: FinetuneConfig | IclConfig, workdir: str) -> None:
-    """Scores the adapter of a run, or few-shot prompting; what is scored stays scored."""
+def run(config: FinetuneConfig | IclConfig | ScoreConfig, workdir: str) -> None:
+    """Scores the adapter of a run, few-shot prompting, or any adapters to a base.
+
+    What is scored stays scored.
+    """
     folder = Workdir(workdir)
-    if isinstance(config, FinetuneConfig):
+    if isinstance(config, ScoreConfig):
+        ignored = ("adapters", "base", "evaluation.split", "evaluation.batch_size")
+        with folder.writing(config, ignore=(*ignored, "data.cache", "mesh")):
+            _systems(config, folder)
+    elif isinstance(config, FinetuneConfig):
         if not folder.adapter.is_dir():
             raise UserError("no adapter", str(folder.adapter), "train first, with launch.train")
         with folder.writing(config, ignore=("evaluation", "data.cache", "mesh")):
@@ -59,11 +69,8 @@ def run(config: FinetuneConfig | IclConfig, workdir: str) -> None:
 def _adapter(config: FinetuneConfig, folder: Workdir) -> None:
     base = load_base(config.model, config.mesh)
     adapter = read_adapter(folder.adapter, base.config, base.identity)
-    lora.check_paths(base.params, adapter)
-    specs = sharding.adapter_specs(adapter, base.axes, base.params, base.mesh)
-    adapter = placement.shard_params(adapter, sharding.shardings(specs, base.mesh))
     split = config.evaluation.split
-    variables = {"params": base.params, "lora": adapter}
+    variables = _adapted(base, adapter)
     for label, task in make_tasks(config.tasks).items():
         asked = Asked(label, task, config.tasks[label])
         examples = load_examples(task, config.data, split)
@@ -72,6 +79,48 @@ def _adapter(config: FinetuneConfig, folder: Workdir) -> None:
         keys = [key_of(task.user(example)) for example in examples]
         facts = {"inputs_also_in_train": check_overlap(config.data, label, split, keys, train.keys)}
         _scored(asked, config.evaluation, base, variables, examples, (), folder, split, facts)
+
+
+def _adapted(base: Base, adapter: Adapter) -> dict[str, Any]:
+    """The weights of a base and an adapter, on their devices."""
+    lora.check_paths(base.params, adapter)
+    specs = sharding.adapter_specs(adapter, base.axes, base.params, base.mesh)
+    placed = placement.shard_params(adapter, sharding.shardings(specs, base.mesh))
+    return {"params": base.params, "lora": placed}
+
+
+def _systems(config: ScoreConfig, folder: Workdir) -> None:
+    """Scores adapters, one after the other over one base, and the base alone.
+
+    Scores are called `<split>-<adapter>`, after the adapter's run folder, and `<split>-base`.
+    """
+    found = [find_adapter(path) for path in config.adapters]
+    base = load_base(config.model, config.mesh)
+    given = [read_given(path, base.config, base.identity, config.any_base) for path in found]
+    names = [*(one.name for one in given), *(["base"] if config.base else [])]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(
+                f"two systems called {name!r}", "config.adapters", "rename one of their folders"
+            )
+    if not names:
+        raise UserError("nothing to score", "config.adapters", "name one, or set config.base=True")
+    sources = {one.name: {"path": one.folder, "sha256": one.sha256} for one in given}
+    folder.record_start(base=base.identity, adapters=sources)
+    split = config.evaluation.split
+    examples = {
+        label: load_examples(task, config.data, split)
+        for label, task in make_tasks(config.tasks).items()
+    }
+    for name, one in itertools.zip_longest(names, given):
+        variables = {"params": base.params} if one is None else _adapted(base, one.adapter)
+        for label, task in make_tasks(config.tasks).items():
+            asked = Asked(label, task, config.tasks[label])
+            where = folder, f"{split}-{name}"
+            of = {"adapter": None if one is None else one.sha256}
+            _scored(
+                asked, config.evaluation, base, variables, examples[label], (), *where, depends=of
+            )
 
 
 def _fewshot(config: IclConfig, folder: Workdir) -> None:
@@ -135,6 +184,7 @@ def _scored(
     folder: Workdir,
     name: str,
     facts: Mapping[str, Any] | None = None,
+    depends: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The scores called `name`, read if they are there and else computed and written.
 
@@ -148,6 +198,7 @@ def _scored(
         folder: where the scores are or go.
         name: of the scores.
         facts: further ones that are written beside the scores.
+        depends: what the scores depend on besides what is said here.
 
     Raises:
         UserError: they are there, of other settings, other predictions than lie beside or other
@@ -157,6 +208,7 @@ def _scored(
     path, kept = folder.scores(label, name), folder.predictions(label, name)
     wanted = to_dict(settings) | to_dict(asked.config) | {"split": name}
     wanted |= {"base": base.identity.sha256, "demonstrations": _digest(task, demonstrations)}
+    wanted |= depends or {}
     del wanted["batch_size"]  # no score depends on it
 
     def read() -> dict[str, Any] | None:
@@ -165,7 +217,7 @@ def _scored(
         result = read_json(path)
         if result["evaluation"] != wanted:
             raise UserError(
-                "scored before with other settings of evaluation, base or demonstrations",
+                "scored before with other settings of evaluation, base, adapter or demonstrations",
                 str(path),
                 "use the old ones, or delete the file and its predictions to score again",
             )

@@ -20,40 +20,21 @@ from ecomjax.experiments import hosts
 from ecomjax.experiments.assembly import load_base, say
 from ecomjax.experiments.config import MergedConfig
 from ecomjax.experiments.figures import heat_map
-from ecomjax.experiments.files import read_json, write_json
+from ecomjax.experiments.files import write_json
+from ecomjax.experiments.given import (
+    Given,
+    check_unchanged,
+    common_base,
+    find_adapter,
+    read_given,
+)
 from ecomjax.experiments.merge_search import search_weights
 from ecomjax.experiments.sections import DataConfig, SearchConfig
 from ecomjax.experiments.workdir import Workdir, machine
-from ecomjax.hf.checkpoints import Identity, load_config, open_pretrained, save_fused
-from ecomjax.hf.files import remove_leftovers, sha256_of
-from ecomjax.hf.peft import CONFIG, WEIGHTS, read_adapter, read_base, write_leaves
-from ecomjax.typing import Adapter, LowRank
-
-
-@dataclasses.dataclass(frozen=True)
-class Given:
-    """An adapter that is merged.
-
-    Attributes:
-        folder: where it lies.
-        base: which base it says that it belongs to, if it does.
-        adapter: its kernels.
-        sha256: of the files of its config and weights.
-    """
-
-    folder: Path
-    base: Identity | None
-    adapter: Adapter
-    sha256: str
-
-    @property
-    def name(self) -> str:
-        """Of its run folder, where it lies in one."""
-        return (self.folder.parent if self.folder.name == "adapter" else self.folder).name
-
-    @property
-    def ranks(self) -> list[int]:
-        return sorted({leaf.a.shape[-1] for leaf in trees.flatten(self.adapter).values()})
+from ecomjax.hf.checkpoints import load_config, open_pretrained, save_fused
+from ecomjax.hf.files import remove_leftovers
+from ecomjax.hf.peft import write_leaves
+from ecomjax.typing import LowRank
 
 
 def run(config: MergedConfig, workdir: str) -> None:
@@ -72,7 +53,7 @@ def run(config: MergedConfig, workdir: str) -> None:
     if hosts.several():
         raise UserError("merging is the work of one process", workdir, "start the command once")
     options = options_of(config)
-    folders = [_find(path) for path in config.adapters]
+    folders = [find_adapter(path) for path in config.adapters]
     weights = _weights(config, options)
     _check_search(config, options)
     folder = Workdir(workdir)
@@ -83,7 +64,7 @@ def run(config: MergedConfig, workdir: str) -> None:
         )
     with folder.writing(config):
         if folder.merge.exists() and target.exists():
-            _check_unchanged(folder.merge, folders)
+            check_unchanged(folder.merge, folders)
             say(f"merged before: {target}")
             return
         remove_leftovers(target)
@@ -105,7 +86,7 @@ def _merge(
         asked = load_base(model)
     shape = opened.config if opened else load_config(model.name, model.path)
     own = asked.identity if asked else opened.identity() if opened else None
-    base = _common_base(folders, own, config.any_base)
+    base = common_base(folders, own, config.any_base)
     given = [_read(path, shape) for path in folders]
     adapters = [one.adapter for one in given]
     found = None if asked is None else search_weights(config, asked, adapters)
@@ -257,66 +238,13 @@ def _check_search(config: MergedConfig, options: Options) -> None:
         )
 
 
-def _find(path: str) -> Path:
-    """The folder of an adapter, given that or the run folder that holds it."""
-    folder = Path(path).expanduser().absolute()
-    for found in (folder, folder / "adapter"):
-        if (found / CONFIG).is_file():
-            return found
-    raise UserError(
-        "no adapter" if folder.is_dir() else "no such folder",
-        path,
-        f"name a folder with {CONFIG}, or a run folder that holds adapter/",
-    )
-
-
 def _read(folder: Path, shape: Any) -> Given:
-    adapter = read_adapter(folder, shape)
-    for path, leaf in trees.flatten(adapter).items():
+    given = read_given(folder, shape)
+    for path, leaf in trees.flatten(given.adapter).items():
         if type(leaf) is not LowRank:
             raise UserError(
                 f"'{path}' is {type(leaf).__name__}, whose delta takes the base to know",
                 str(folder),
-                "fuse it with adapters.lora.fuse, or train plain LoRA",
+                "fuse it with launch.export, or train plain LoRA",
             )
-    return Given(folder, read_base(folder), adapter, _sha256(folder))
-
-
-def _common_base(folders: Sequence[Path], own: Identity | None, any_base: bool) -> Identity | None:
-    """The base of all adapters, as far as they say; it has to be `own`, where that is known.
-
-    Adapters of PEFT do not say, and pass with a note.
-    """
-    found = {folder: read_base(folder) for folder in folders}
-    named = {str(folder): base for folder, base in found.items() if base is not None}
-    if len(named) < len(found):
-        silent = next(folder for folder, base in found.items() if base is None)
-        say(f"{silent} does not say which base it belongs to")
-    if own is not None:
-        named = {"the model": own} | named
-    if not named:
-        return None
-    (first, base), *others = named.items()
-    for where, other in others:
-        if other.fingerprint != base.fingerprint and not any_base:
-            raise UserError(
-                f"{first} is of base {base.name!r} from {base.source!r}, {where} of "
-                f"{other.name!r} from {other.source!r}, with other weights",
-                "config.adapters",
-                "merge adapters of one base, or set config.any_base=True",
-            )
-    return base
-
-
-def _sha256(folder: Path) -> str:
-    """Of all that says what an adapter computes."""
-    return sha256_of([folder / CONFIG, folder / WEIGHTS])
-
-
-def _check_unchanged(record: Path, folders: Sequence[Path]) -> None:
-    """UserError where a merge that is done was of other adapters than there are now."""
-    for folder, merged in zip(folders, read_json(record)["adapters"], strict=True):
-        if _sha256(folder) != merged["sha256"]:
-            raise UserError(
-                "the adapter has changed since it was merged", str(folder), "use another --workdir"
-            )
+    return given

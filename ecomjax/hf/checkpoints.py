@@ -28,7 +28,7 @@ from ecomjax.hf.safetensors_io import INDEX, SINGLE, SafetensorsFolder, write_fo
 from ecomjax.hf.tokenizer import Tokenizer, check_vocabulary
 from ecomjax.models import registry
 from ecomjax.models.config import ModelConfig
-from ecomjax.typing import LowRank, Params
+from ecomjax.typing import DoRA, LowRank, Params
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*"
 _ALLOWED = re.compile(rf"{_NAME}(/{_NAME})?")
@@ -296,7 +296,7 @@ def save_pretrained(
 def save_fused(
     folder: str | os.PathLike[str],
     opened: Opened,
-    leaves: Mapping[str, LowRank],
+    leaves: Mapping[str, LowRank | DoRA],
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """`save_pretrained` of a base with an adapter fused into it, tensor by tensor.

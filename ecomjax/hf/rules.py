@@ -30,7 +30,7 @@ from ecomjax import trees
 from ecomjax.adapters.lowrank import Shape, factors_of
 from ecomjax.errors import UserError
 from ecomjax.placement import build_array
-from ecomjax.typing import LowRank, Params
+from ecomjax.typing import DoRA, LowRank, Params
 
 DTYPES: dict[str, Any] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 """The dtypes parameters may have."""
@@ -208,7 +208,7 @@ class RuleTable:
     def fuse_tensors(
         self,
         tensors: Mapping[str, np.ndarray],
-        leaves: Mapping[str, LowRank],
+        leaves: Mapping[str, LowRank | DoRA],
         dtype: str,
         where: str,
     ) -> Iterator[tuple[str, np.ndarray]]:
@@ -237,7 +237,7 @@ class RuleTable:
         self._check_names(tensors, where)
         self._check_copies(tensors, where)
 
-        def tensors_of(rule: Rule, leaf: LowRank | None) -> Iterator[tuple[str, np.ndarray]]:
+        def tensors_of(rule: Rule, leaf: LowRank | DoRA | None) -> Iterator[tuple[str, np.ndarray]]:
             for index, name in rule.names(self.sizes):
                 tensor = self._read(tensors, name, rule, where)
                 if leaf is not None:
@@ -250,10 +250,13 @@ class RuleTable:
             yield from tensors_of(rule, leaves[rule.ours] if rule.ours in leaves else None)
 
     def _fused(
-        self, tensor: np.ndarray, rule: Rule, leaf: LowRank, index: tuple[int, ...]
+        self, tensor: np.ndarray, rule: Rule, leaf: LowRank | DoRA, index: tuple[int, ...]
     ) -> np.ndarray:
         """tensor + delta in float32."""
         kernel = rule.to_ours(tensor, self.sizes)
+        if isinstance(leaf, DoRA):
+            own = jax.tree.map(lambda x: x[index], leaf)
+            return rule.to_theirs(np.asarray(kernel + own.delta(kernel), np.float32), self.sizes)
         shape = Shape(rule.stack(self.sizes), leaf.a.shape[-2], leaf.b.shape[-1])
         factors = factors_of(leaf, shape, index)
         fused = (factors.a @ factors.b).reshape(kernel.shape)

@@ -8,16 +8,20 @@ import numpy as np
 import pytest
 import tokenizers
 
-from configs import finetune, icl, study
+from configs import finetune, icl, score, study
+from ecomjax import trees
 from ecomjax.data.sources import SyntheticSource
 from ecomjax.data.store import Sizes
 from ecomjax.experiments.config import from_config
-from ecomjax.hf.checkpoints import save_pretrained
+from ecomjax.hf import families
+from ecomjax.hf.checkpoints import open_pretrained, save_pretrained
+from ecomjax.hf.peft import write_adapter
 from ecomjax.hf.tokenizer import Tokenizer
 from ecomjax.models import registry
 from ecomjax.models.llama import LlamaConfig
 from ecomjax.tasks.esci import Esci
 from ecomjax.tasks.queryner import QueryNer
+from ecomjax.typing import LowRank
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -25,7 +29,7 @@ TEMPLATE = (
     "message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-CONFIGS = {"finetune": finetune, "icl": icl, "study": study}
+CONFIGS = {"finetune": finetune, "icl": icl, "score": score, "study": study}
 SMALL = {
     "data.train_size": 24,
     "data.validation_size": 8,
@@ -114,6 +118,33 @@ def make_config(tiny_base):
         for path, value in ({"model.path": str(tiny_base)} | SMALL | dict(changes)).items():
             _set(raw, path, value)
         return from_config(raw)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def base(tiny_base):
+    return open_pretrained("tiny", str(tiny_base))
+
+
+@pytest.fixture
+def make_adapter(base, tmp_path):
+    """Function (seed, ranks by path, alpha, dtype, dropout) -> folder of a random adapter."""
+    table = families.rule_table(base.config)
+    rules = {rule.ours: rule for rule in table.rules if rule.transposed}
+
+    def make(seed, ranks=None, alpha=6.0, dtype=np.float32, dropout=0.0):
+        rng = np.random.default_rng(seed)
+        leaves = {}
+        for path, rank in (ranks or dict.fromkeys(rules, 3)).items():
+            stack, (d_out, d_in) = rules[path].stack(table.sizes), rules[path].shape(table.sizes)
+            a = 0.2 * rng.standard_normal((*stack, d_in, rank), np.float32)
+            b = 0.2 * rng.standard_normal((*stack, rank, d_out), np.float32)
+            scale = np.full(stack, alpha / rank, np.float32)
+            leaves[path] = LowRank(a.astype(dtype), b.astype(dtype), scale, dropout)
+        folder = tmp_path / f"adapter-{seed}"
+        write_adapter(folder, trees.unflatten(leaves), base.config, base.identity())
+        return folder
 
     return make
 

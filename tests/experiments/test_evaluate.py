@@ -352,3 +352,45 @@ def test_a_few_shot_run_tells_its_base(make_config, asked, tmp_path, tiny_base):
     evaluate.run(make_config("icl", changes={"fewshot.shots": (0,)}), str(tmp_path))
     (start,) = read_json(tmp_path / "run.json")["starts"]
     assert start["base"]["path"] == str(tiny_base) and len(start["base"]["sha256"]) == 64
+
+
+def test_adapters_and_their_base_are_scored_on_the_same_examples(
+    config, adapted, make_config, make_adapter, tmp_path, contents
+):
+    """A run's own adapter gets the scores that its run has; the base those of zero-shot."""
+    other = make_adapter(3)
+    chosen = {"adapters": (str(adapted), str(other))}
+    evaluate.run(make_config("score", changes=chosen), str(tmp_path / "run"))
+    place = tmp_path / "run" / "eval" / "esci"
+    names = [f"test-{name}" for name in (adapted.name, other.name, "base")]
+    assert {path.name for path in place.glob("*.metrics.json")} == {
+        f"{name}.metrics.json" for name in names
+    }
+    scores = [
+        {r["id"]: list(r["scores"].values()) for r in read_jsonl(path)}
+        for path in (
+            adapted / "eval" / "esci" / "test.predictions.jsonl",
+            *(place / f"{name}.predictions.jsonl" for name in names),
+        )
+    ]
+    for id, values in scores[0].items():
+        assert scores[1][id] == pytest.approx(values, rel=1e-5)
+        for unlike in scores[2:]:
+            assert unlike[id] != pytest.approx(values, rel=1e-3)
+    before = contents(tmp_path / "run" / "eval")
+    evaluate.run(make_config("score", changes={"adapters": (str(other),)}), str(tmp_path / "run"))
+    assert contents(tmp_path / "run" / "eval") == before
+    with pytest.raises(UserError, match="two systems called"):
+        twice = make_config("score", changes={"adapters": (str(other), str(other))})
+        evaluate.run(twice, str(tmp_path / "run"))
+
+
+def test_another_adapter_in_the_same_folder_does_not_pass_for_the_one_scored(
+    make_config, asked, make_adapter, tmp_path
+):
+    asked(lambda example, shown: example.target)
+    given = {"adapters": (str(make_adapter(3)),), "base": False}
+    evaluate.run(make_config("score", changes=given), str(tmp_path / "run"))
+    make_adapter(3, alpha=1.0)
+    with pytest.raises(UserError, match=r"scored before with other.*adapter-3\.metrics"):
+        evaluate.run(make_config("score", changes=given), str(tmp_path / "run"))

@@ -24,7 +24,7 @@ from ecomjax.experiments import merged
 from ecomjax.experiments.config import from_config
 from ecomjax.experiments.files import read_json
 from ecomjax.hf import families
-from ecomjax.hf.checkpoints import Identity, load_pretrained, open_pretrained, save_pretrained
+from ecomjax.hf.checkpoints import Identity, load_pretrained, save_pretrained
 from ecomjax.hf.peft import CONFIG, WEIGHTS, read_adapter, write_adapter
 from ecomjax.hf.peft_record import BASE
 from ecomjax.models.llama import LlamaConfig
@@ -33,33 +33,6 @@ from ecomjax.typing import DoRA, LowRank
 ROOT = Path(__file__).resolve().parents[2]
 Q, DOWN = "layers/attn/q/kernel", "layers/mlp/down/kernel"
 Q_A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base):
-    return open_pretrained("tiny", str(tiny_base))
-
-
-@pytest.fixture
-def make_adapter(base, tmp_path):
-    """Function (seed, ranks by path, alpha, dtype, dropout) -> folder of a random adapter."""
-    table = families.rule_table(base.config)
-    rules = {rule.ours: rule for rule in table.rules if rule.transposed}
-
-    def make(seed, ranks=None, alpha=6.0, dtype=np.float32, dropout=0.0):
-        rng = np.random.default_rng(seed)
-        leaves = {}
-        for path, rank in (ranks or dict.fromkeys(rules, 3)).items():
-            stack, (d_out, d_in) = rules[path].stack(table.sizes), rules[path].shape(table.sizes)
-            a = 0.2 * rng.standard_normal((*stack, d_in, rank), np.float32)
-            b = 0.2 * rng.standard_normal((*stack, rank, d_out), np.float32)
-            scale = np.full(stack, alpha / rank, np.float32)
-            leaves[path] = LowRank(a.astype(dtype), b.astype(dtype), scale, dropout)
-        folder = tmp_path / f"adapter-{seed}"
-        write_adapter(folder, trees.unflatten(leaves), base.config, base.identity())
-        return folder
-
-    return make
 
 
 @pytest.fixture
@@ -149,7 +122,7 @@ def test_a_merge_that_is_done_is_not_repeated(make_config, pair, tmp_path, monke
     merged.run(config, str(tmp_path / "run"))
     assert files_of(tmp_path / "run" / "adapter") == before
     change_config(lora_alpha=99)(pair[1])
-    with pytest.raises(UserError, match=r"changed since it was merged.*adapter-2"):
+    with pytest.raises(UserError, match=r"changed since it was read.*adapter-2"):
         merged.run(config, str(tmp_path / "run"))
 
 
