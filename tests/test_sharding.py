@@ -110,15 +110,17 @@ def test_sharded_is_unsharded(config, mesh, batch):
 
 
 @pytest.mark.parametrize(
-    ("name", "quantization"),
+    ("name", "quantization", "sizes"),
     [
-        *((name, None) for name in ("llama", "mixtral_ragged", "mixtral_dense")),
-        *(("llama", kind) for kind in ("int8", "nf4")),
-        ("mixtral_ragged", "nf4"),
+        ("llama", "int8", (1, 2, 4, 1)),
+        ("llama", None, (1, 2, 2, 2)),
+        ("mixtral_dense", None, (1, 2, 2, 2)),
+        ("mixtral_ragged", "nf4", (1, 2, 2, 2)),
     ],
 )
-def test_training_loss_and_gradients(name, quantization, mesh, batch):
-    """Adapters lie as their kernels do."""
+def test_training_loss_and_gradients(name, quantization, sizes, batch):
+    """Adapters lie as their kernels do. Ten steps on more meshes: `training/test_meshes.py`."""
+    mesh = sharding.make_mesh(*sizes)
     model = registry.build(CASES[name])
     shapes, axes = registry.describe(model)
     params = random_params(shapes)

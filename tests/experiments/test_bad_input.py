@@ -159,6 +159,17 @@ MISTAKES = {
 }
 
 
+EACH_STAGE = (
+    "unknown model",
+    "truncated safetensors",
+    "another vocabulary",
+    "no data folder",
+    "unknown label",
+    "all too long",
+)
+"""Those that end the command at different places; what is told of the rest comes the same way."""
+
+
 @pytest.fixture(params=MISTAKES)
 def mistake(request):
     """Dotted changes of a good config, and what the user must be told of them."""
@@ -202,6 +213,7 @@ def named(key, task):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mistake", EACH_STAGE, indirect=True)
 def test_the_command_ends_with_status_2_and_the_same_line(mistake, tiny_base, tmp_path):
     changes, told = mistake
     task = changes.pop("task", "esci")

@@ -462,11 +462,11 @@ def test_any_base_lets_other_bases_pass(base, make_config, pair, tmp_path):
     assert record["fingerprint"] == base.identity().fingerprint
 
 
-def test_dora_is_refused_by_name(base, make_config, pair, tmp_path, monkeypatch):
+def test_dora_is_refused_by_name(base, make_config, pair, tmp_path):
     leaf = trees.flatten(read_adapter(pair[0], base.config))[Q]
     dora = DoRA(leaf.a, leaf.b, leaf.scale, np.ones((2, 16), np.float32))
-    monkeypatch.setattr(merged, "read_adapter", lambda *_: trees.unflatten({Q: dora}))
-    with pytest.raises(UserError, match=r"is DoRA.*adapter-1; fuse it with adapters"):
+    write_adapter(pair[0], trees.unflatten({Q: dora}), base.config, base.identity())
+    with pytest.raises(UserError, match=r"is DoRA.*adapter-1; fuse it with launch\.export"):
         merged.run(make_config(pair), str(tmp_path / "run"))
 
 

@@ -100,9 +100,7 @@ def coverage(prior, rate, n, trials=2000):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("prior", "n"), [((0.34, 0.33, 0.33), 300), ((0.6, 0.3, 0.1), 200), ((0.6, 0.3, 0.1), 500)]
-)
+@pytest.mark.parametrize(("prior", "n"), [((0.34, 0.33, 0.33), 300), ((0.6, 0.3, 0.1), 200)])
 def test_intervals_hold_the_truth_as_often_as_they_say(prior, n):
     assert all(0.93 <= held <= 0.97 for held in coverage(prior, 0.6, n).values())
 
@@ -149,9 +147,8 @@ def false_claims(n, trials=2000):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [200, 500])
-def test_equally_good_systems_are_seldom_told_apart(n):
-    assert all(told <= 0.055 for told in false_claims(n).values())
+def test_equally_good_systems_are_seldom_told_apart():
+    assert all(told <= 0.055 for told in false_claims(200).values())
 
 
 @pytest.mark.slow
