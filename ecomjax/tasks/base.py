@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from ecomjax.data.forms import Form, one_of
 from ecomjax.data.sources import Row, Rows, Source
 from ecomjax.errors import UserError
 
@@ -184,6 +185,16 @@ class Task(ABC):
         """The words that an encoder gives `tags`; the target is their tags."""
         del example
         return None
+
+    @property
+    def has_form(self) -> bool:
+        """Whether `form` says what answers an example allows."""
+        return self.labels is not None or type(self).form is not Task.form
+
+    def form(self, example: Example) -> Form | None:
+        """The answers that an example allows: one of the labels; None where answers are open."""
+        del example
+        return one_of(self.labels) if self.labels is not None else None
 
     def prompt(self, example: Example, demonstrations: Sequence[Example] = ()) -> Prompt:
         """What a decoder is asked, after the given demonstrations in their order."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from ecomjax.data.forms import Edge, Form
 from ecomjax.data.sources import Row
 from ecomjax.metrics import ner
 from ecomjax.tasks import prompts
@@ -111,6 +112,35 @@ class QueryNer(Task):
 
     def answer(self, example: Example) -> str:
         return write_tuples(example.inputs["tokens"], example.target)
+
+    def form(self, example: Example) -> Form:
+        """One tag for every token in order, I- only where it continues an entity of its type."""
+        tokens, states = example.inputs["tokens"], []
+        last = len(tokens) - 1
+
+        def piece(place: int, tag: str) -> str:
+            separator = ", " if place < last else ""
+            return write_tuples(tokens[place : place + 1], [tag]) + separator
+
+        def before(place: int, kind: int | None) -> int:
+            """The state before a token, where an entity of a type, or none, may go on."""
+            # Each token but the first has a state for every type, and then one for none.
+            open_state = place * (len(TYPES) + 1)
+            if place > last:
+                return last * (len(TYPES) + 1) + 1
+            return open_state if kind is None else open_state - len(TYPES) + kind
+
+        for place in range(len(tokens)):
+            if place > 0:
+                for kind, name in enumerate(TYPES):
+                    inside = Edge(piece(place, f"I-{name}"), before(place + 1, kind))
+                    states.append((Edge("", before(place, None)), inside))
+            begins = (
+                Edge(piece(place, f"B-{name}"), before(place + 1, kind))
+                for kind, name in enumerate(TYPES)
+            )
+            states.append((Edge(piece(place, "O"), before(place + 1, None)), *begins))
+        return Form((*states, ()))
 
     def parse(self, text: str, example: Example) -> tuple[str, ...] | Invalid:
         """The tags of `read_tuples`, if they are as many as the tokens and all known.

@@ -2,10 +2,12 @@ from collections.abc import Sequence
 
 import pytest
 
+from ecomjax.data.forms import one_of
 from ecomjax.data.sources import Row
 from ecomjax.errors import UserError
 from ecomjax.tasks.base import Reading, column, identity, overlap
 from ecomjax.tasks.esci import Esci
+from ecomjax.tasks.instruction import Instruction
 from ecomjax.tasks.queryner import QueryNer
 
 HOSTILE = (
@@ -74,6 +76,23 @@ def test_overlap_counts_examples_of_the_first_set():
     task = QueryNer()
     ours = task.examples([query("a", 1), query("a", 2), query("b", 3)])
     assert overlap(task, ours, task.examples([query("a"), query("c")])) == 2
+
+
+def test_the_form_of_labels_is_one_of_them():
+    row = {"example_id": 1, "query": "q", "esci_label": "E", "product_title": "t"}
+    task = Esci()
+    (example,) = task.examples([Row(row | {"product_brand": None, "product_color": None}, "f:1")])
+    form = task.form(example)
+    assert task.has_form and form == one_of(task.labels)
+    for text, _ in form.states[0]:
+        assert task.parse(text, example) == text
+
+
+def test_open_answers_have_no_form():
+    assert not Instruction().has_form and QueryNer().has_form
+    values = {"instruction": "Say.", "input": "", "output": "a"}
+    (example,) = Instruction().examples([Row(values, "f:1")])
+    assert Instruction().form(example) is None
 
 
 def test_headlines_are_metrics():

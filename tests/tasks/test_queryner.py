@@ -6,7 +6,7 @@ from ecomjax.data.sources import SPLITS, LocalSource, Row
 from ecomjax.errors import UserError
 from ecomjax.metrics.ner import lenient_entities, strict_entities
 from ecomjax.tasks.base import Example, Invalid, Reading
-from ecomjax.tasks.queryner import TAGS, QueryNer
+from ecomjax.tasks.queryner import TAGS, TYPES, QueryNer
 
 WORDS = st.one_of(
     st.text(min_size=1, max_size=8).filter(str.strip),
@@ -54,6 +54,53 @@ def test_damaged_answers_never_raise(example, data):
     parsed = QueryNer().parse(text, example)
     assert isinstance(parsed, Invalid) or set(parsed) <= set(TAGS)
     QueryNer().metrics([parsed], [example])
+
+
+def spelt(form, draw):
+    """A text of the form, each edge by `draw`; edges without text are gone through."""
+    text, state = "", 0
+    while form.states[state]:
+        piece, state = draw(form.states[state])
+        text += piece
+    return text
+
+
+@given(examples(), st.data())
+def test_every_text_of_the_form_is_an_answer(example, data):
+    """One well-formed tag for each token, whatever the tokens hold."""
+    text = spelt(QueryNer().form(example), lambda edges: data.draw(st.sampled_from(edges)))
+    tags = QueryNer().parse(text, example)
+    assert not isinstance(tags, Invalid)
+    assert text == QueryNer().answer(Example("1", example.inputs, tags))
+    values = {"tokens": list(example.inputs["tokens"]), "ner_tags": list(tags)}
+    assert QueryNer().example(Row(values, "f:1")).target == tags
+
+
+def spells(form, text, state=0):
+    if not form.states[state]:
+        return text == ""
+    return any(
+        text.startswith(piece) and spells(form, text[len(piece) :], target)
+        for piece, target in form.states[state]
+    )
+
+
+@given(examples())
+def test_every_answer_is_a_text_of_the_form(example):
+    tags = list(example.target)
+    values = {"tokens": list(example.inputs["tokens"]), "ner_tags": tags}
+    well_formed = QueryNer(repair=True).example(Row(values, "f:1"))
+    assert spells(QueryNer().form(example), QueryNer().answer(well_formed))
+    assert spells(QueryNer().form(example), QueryNer().answer(example)) is not well_formed.repaired
+
+
+def test_the_form_of_a_token():
+    """Each type begins and goes on once: what is computed of a tag serves all tags before it."""
+    one, two = (QueryNer().form(example(["a"] * n, ["O"] * n)) for n in (1, 2))
+    texts = [edge.text for edge in one.states[0]]
+    assert texts == ["(a, O)", *(f"(a, B-{name})" for name in TYPES)]
+    assert len(two.states) == 1 + (len(TYPES) + 1) + 1
+    assert sum(edge.text != "" for edges in two.states for edge in edges) == 18 + 18 + 17
 
 
 @pytest.mark.parametrize(
