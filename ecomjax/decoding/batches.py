@@ -116,7 +116,7 @@ def batches(
     if limits.start:
         for indices in by_length(prompts, limits.batch_size):
             own = adapters_of(indices, adapters)
-            memory = _remember(model, variables, *_padded([prompts[i] for i in indices]), own)
+            memory = _remember(model, variables, *padded([prompts[i] for i in indices]), own)
             start = jnp.tile(jnp.array(limits.start, jnp.int32), (len(indices), 1))
             lengths = jnp.full(len(indices), len(limits.start), jnp.int32)
             yield indices, Rows(memory, start, lengths, jnp.zeros((), jnp.int32), own)
@@ -125,7 +125,7 @@ def batches(
     before = prefixes.fill_prefix(model, variables, prompts[0][:offset], count)
     for indices in by_length(prompts, limits.batch_size):
         own = adapters_of(indices, adapters)
-        tokens, lengths = _padded([prompts[i][offset:] for i in indices])
+        tokens, lengths = padded([prompts[i][offset:] for i in indices])
         seen = prefixes.of_rows(before, own)
         yield indices, Rows(seen, tokens, lengths, jnp.int32(offset), own)
 
@@ -159,7 +159,7 @@ def adapters_of(indices: Sequence[int], adapters: Sequence[int] | None) -> Int[A
     return None if adapters is None else jnp.asarray([adapters[i] for i in indices], jnp.int32)
 
 
-def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+def padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
     """Prompts in bucketed slots, and their lengths."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), prefixes.bucketed(int(lengths.max()))), np.int32)

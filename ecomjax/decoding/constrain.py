@@ -1,0 +1,293 @@
+"""Answers of an allowed form: the model decides where the form leaves a choice, and only there.
+
+Everything between two decisions is appended in one forward, known as jump-forward decoding
+(Zheng et al. 2023, arXiv 2312.07104, section 3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from ecomjax.decoding import prefix as prefixes
+from ecomjax.decoding.automaton import Automaton
+from ecomjax.decoding.batches import (
+    OWN_SEGMENT,
+    Rows,
+    adapters_of,
+    by_length,
+    count_adapters,
+    padded,
+    prefill,
+)
+from ecomjax.errors import UserError
+from ecomjax.sharding import constrain
+from ecomjax.typing import PADDING_SEGMENT, KVCache
+
+NO_TOKEN = -1
+"""Stands where a state has fewer choices than another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Constrained:
+    """One prompt's answer, its end token left out.
+
+    Attributes:
+        tokens: token ids.
+        log_probability: of the decisions, each among the tokens that the form allows there
+            (their probabilities sum to 1), at temperature 1. What is not decided adds nothing.
+        decisions: places where the form allowed several tokens.
+        forwards: times that the model ran for it, the prompt's own included.
+    """
+
+    tokens: tuple[int, ...]
+    log_probability: float
+    decisions: int
+    forwards: int
+
+
+class Tables(flax.struct.PyTreeNode):
+    """The automata of a batch; W tokens of a chunk, A choices, states and choices padded."""
+
+    chunks: Int[Array, "B states W"]
+    lengths: Int[Array, "B states"]
+    """How many tokens of its chunk a state appends; 0 at the end of an answer, after which the
+    model is not asked again."""
+    choices: Int[Array, "B states A"]
+    """NO_TOKEN where there are fewer."""
+    targets: Int[Array, "B states A"]
+    """A state without choices leads to itself."""
+
+
+class _Walk(flax.struct.PyTreeNode):
+    """What the loop carries."""
+
+    round: Int[Array, ""]
+    state: Int[Array, "B"]
+    """Decided for, its chunk not yet in the cache."""
+    appended: Int[Array, "B"]
+    """Tokens behind the prompt that are in the cache."""
+    states: Int[Array, "B rounds"]
+    """Those decided for, one a round."""
+    log_probability: Float[Array, "B"]
+    cache: KVCache
+
+
+def _of_state(table: Array, state: Int[Array, "B"]) -> Array:
+    """The entry of each row's state."""
+    index = state.reshape(-1, *[1] * (table.ndim - 1))
+    return jnp.take_along_axis(table, index, axis=1)[:, 0]
+
+
+def _decide(
+    model: nn.Module, variables: Any, rows: Rows, tables: Tables, hidden: Any, state: Any
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """The state that each row goes on to, and the log-probability of going there.
+
+    Args:
+        hidden: of the last token of each row [B, 1, D].
+        state: that the rows are in.
+    """
+    logits: Any = model.apply(variables, hidden, rows.adapter, method="logits")
+    choices, targets = _of_state(tables.choices, state), _of_state(tables.targets, state)
+    allowed = choices != NO_TOKEN
+    scores = jnp.take_along_axis(logits[:, 0], jnp.where(allowed, choices, 0), axis=1)
+    scores = jnp.where(allowed, scores, -jnp.inf)
+    best = jnp.argmax(scores, axis=1)[:, None]
+    gained = jnp.take_along_axis(scores, best, axis=1)[:, 0] - jax.nn.logsumexp(scores, axis=1)
+    target = jnp.take_along_axis(targets, best, axis=1)[:, 0]
+    return target, jnp.where(allowed[:, 0], gained, 0.0)
+
+
+def _append(
+    model: nn.Module, variables: Any, rows: Rows, tables: Tables, s: _Walk
+) -> tuple[Float[Array, "B 1 D"], KVCache, Int[Array, "B"]]:
+    """Hidden states of the last token of each row's chunk, the cache with it, and its length.
+
+    Rows whose chunk is shorter, or whose answer has ended, hold padding in their other slots.
+    """
+    bound: Any = model
+    chunk, length = _of_state(tables.chunks, s.state), _of_state(tables.lengths, s.state)
+    count = jnp.arange(chunk.shape[1], dtype=jnp.int32)[None, :]
+    last = jnp.maximum(length - 1, 0)[:, None]
+    # Padding stays at the last position, since a table of them may end there.
+    first = (rows.offset + rows.lengths + s.appended)[:, None]
+    positions = first + jnp.minimum(count, last)
+    segments = jnp.where(count < length[:, None], OWN_SEGMENT, PADDING_SEGMENT)
+    hidden, cache = bound.apply(
+        variables, chunk, positions, segments, s.cache, rows.before, rows.adapter
+    )
+    return jnp.take_along_axis(hidden, last[:, :, None], axis=1), cache, length
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _walk(
+    model: nn.Module, rounds: int, variables: Any, rows: Rows, tables: Tables
+) -> tuple[Int[Array, "B rounds"], Float[Array, "B"]]:
+    """The states that each row decides for, and the log-probability of its decisions."""
+    batch = rows.lengths.shape[0]
+    hidden, cache = prefill(model, variables, rows, (rounds - 1) * tables.chunks.shape[2])
+    start = jnp.zeros(batch, jnp.int32)
+    state, log_probability = _decide(model, variables, rows, tables, hidden, start)
+    begun = _Walk(
+        round=jnp.ones((), jnp.int32),
+        state=state,
+        appended=jnp.zeros(batch, jnp.int32),
+        states=jnp.zeros((batch, rounds), jnp.int32).at[:, 0].set(state),
+        log_probability=log_probability,
+        cache=cache,
+    )
+
+    def unfinished(s: _Walk) -> Bool[Array, ""]:
+        return (_of_state(tables.lengths, s.state) > 0).any()
+
+    def step(s: _Walk) -> _Walk:
+        hidden, cache, length = _append(model, variables, rows, tables, s)
+        state, gained = _decide(model, variables, rows, tables, hidden, s.state)
+        return _Walk(
+            round=s.round + 1,
+            state=state,
+            appended=s.appended + length,
+            states=jax.lax.dynamic_update_slice(s.states, state[:, None], (0, s.round)),
+            log_probability=s.log_probability + gained,
+            cache=cache,
+        )
+
+    ended = jax.lax.while_loop(unfinished, step, begun)
+    # Every process reads the answers of all.
+    return constrain(ended.states, (None, None)), constrain(ended.log_probability, (None,))
+
+
+def generate_constrained(
+    model: nn.Module,
+    variables: Any,
+    prompts: Sequence[Sequence[int]],
+    automata: Sequence[Automaton],
+    *,
+    batch_size: int,
+    window: int,
+    on_done: Callable[[int], None] = lambda count: None,
+    adapters: Sequence[int] | None = None,
+) -> list[Constrained]:
+    """The answers to tokenized prompts that their automata allow, in their order.
+
+    At every decision the allowed token is taken that the model finds most likely, the
+    smaller id of two that are equally so. What precedes the first decision is appended to the
+    prompt; tokens that all prompts open with are computed once.
+
+    Args:
+        model: a decoder, see `models.likelihood.token_log_likelihood`; also has `new_cache`.
+        variables: {"params": ..., "lora": ...}.
+        prompts: token ids, each at least one.
+        automata: what each prompt may be answered.
+        batch_size: prompts decoded together; results do not depend on it.
+        window: most tokens a prompt and the longest answer of its automaton may take together.
+        on_done: called with the number of prompts just finished, for progress.
+        adapters: which of several each prompt uses, see `generate`.
+
+    Raises:
+        UserError: an empty prompt, or one that leaves no room for an answer; a model that
+            is no decoder; what `count_adapters` refuses.
+    """
+    if hasattr(model, "remember"):
+        raise UserError(
+            "the answers of an encoder-decoder cannot be constrained",
+            "decoding",
+            "use the method generate",
+        )
+    for i, (prompt, automaton) in enumerate(zip(prompts, automata, strict=True)):
+        if not prompt:
+            raise UserError("empty prompt", f"prompt {i}", "give at least one token")
+        if len(prompt) + automaton.longest > window:
+            raise UserError(
+                f"prompt of {len(prompt)} tokens and an answer of up to {automaton.longest} "
+                f"exceed the window of {window}",
+                f"prompt {i}",
+                "use fewer demonstrations or shorter inputs",
+            )
+    if not prompts:
+        return []
+    count = count_adapters(variables, len(prompts), adapters)
+    offset = prefixes.common_prefix(prompts)
+    before = prefixes.fill_prefix(model, variables, prompts[0][:offset], count)
+    opened = [
+        [*prompt[offset:], *automaton.states[0].chunk]
+        for prompt, automaton in zip(prompts, automata, strict=True)
+    ]
+    sizes = _Sizes.of(automata)
+    results: dict[int, Constrained] = {}
+    for indices in by_length(opened, batch_size):
+        own = adapters_of(indices, adapters)
+        seen = prefixes.of_rows(before, own)
+        rows = Rows(seen, *padded([opened[i] for i in indices]), jnp.int32(offset), own)
+        chosen = [automata[i] for i in indices]
+        # The last state of an answer is decided for, but not appended.
+        rounds = max(automaton.rounds for automaton in chosen) + 1
+        rounds = _rounded(rounds, least=prefixes.BUCKET // sizes.width)
+        found = _walk(model, rounds, variables, rows, _tables(chosen, sizes))
+        states, log_probabilities = jax.device_get(found)
+        for i, walked, log_probability in zip(indices, states, log_probabilities, strict=True):
+            results[i] = _read(automata[i], walked.tolist(), float(log_probability))
+        on_done(len(set(indices)))
+    return [results[i] for i in range(len(prompts))]
+
+
+def _read(automaton: Automaton, walked: Sequence[int], log_probability: float) -> Constrained:
+    """The answer of the states that were decided for, one after the other."""
+    path = [automaton.states[0]]
+    for state in walked:
+        if not path[-1].choices:
+            break
+        path.append(automaton.states[state])
+    tokens = tuple(token for state in path for token in state.chunk)
+    decisions = sum(len(state.choices) > 1 for state in path)
+    return Constrained(tokens[:-1], log_probability, decisions, max(len(path) - 1, 1))
+
+
+class _Sizes(NamedTuple):
+    """Of the tables that hold some automata, rounded so that few shapes are compiled."""
+
+    states: int
+    width: int
+    choices: int
+
+    @classmethod
+    def of(cls, automata: Sequence[Automaton]) -> _Sizes:
+        deciding = [state for one in automata for state in one.states if state.choices]
+        inner = [state for one in automata for state in one.states[1:] if state.choices]
+        return cls(
+            _rounded(max(len(automaton.states) for automaton in automata)),
+            _rounded(max((len(state.chunk) for state in inner), default=1)),
+            _rounded(max((len(state.choices) for state in deciding), default=1)),
+        )
+
+
+def _tables(automata: Sequence[Automaton], sizes: _Sizes) -> Tables:
+    """The automata of a batch, one a row."""
+    rows = len(automata), sizes.states
+    chunks, lengths = np.zeros((*rows, sizes.width), np.int32), np.zeros(rows, np.int32)
+    choices = np.full((*rows, sizes.choices), NO_TOKEN, np.int32)
+    targets = np.zeros_like(choices) + np.arange(sizes.states, dtype=np.int32)[:, None]
+    for row, automaton in enumerate(automata):
+        for number, state in enumerate(automaton.states):
+            choices[row, number, : len(state.choices)] = state.choices
+            targets[row, number, : len(state.targets)] = state.targets
+            # The start's stand in the prompt, and after those of an end nothing is asked.
+            if number > 0 and state.choices:
+                chunks[row, number, : len(state.chunk)] = state.chunk
+                lengths[row, number] = len(state.chunk)
+    return Tables(*map(jnp.asarray, (chunks, lengths, choices, targets)))
+
+
+def _rounded(size: int, least: int = 1) -> int:
+    """The next power of two that is at least so large."""
+    return 1 << (max(size, least) - 1).bit_length()
