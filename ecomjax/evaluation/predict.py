@@ -12,6 +12,9 @@ import numpy as np
 from jaxtyping import Float
 
 from ecomjax.data.encoded import Encoded, key_of
+from ecomjax.data.forms import Form
+from ecomjax.decoding.automaton import Automaton, from_form
+from ecomjax.decoding.constrain import generate_constrained
 from ecomjax.decoding.generate import GenerateOptions, generate
 from ecomjax.decoding.prefix import common_prefix
 from ecomjax.decoding.score import label_log_likelihoods
@@ -23,7 +26,7 @@ from ecomjax.tasks.prompts import render
 Demonstrations = Sequence[Example]
 """Shown before a question, in this order."""
 
-Method = Literal["auto", "likelihood", "generate"]
+Method = Literal["auto", "likelihood", "generate", "constrained"]
 LabelScore = Literal["sum", "mean", "calibrated"]
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
@@ -92,7 +95,8 @@ class Predictor:
         tokenizer: of the model.
         task: what is asked.
         prompt_format: "chat" or "alpaca".
-        method: "likelihood" scores the task's labels, "generate" lets the model write;
+        method: "likelihood" scores the task's labels, "generate" lets the model write,
+            "constrained" lets it decide what the form of the answer leaves open, greedily;
             "auto" is likelihood where the task has labels.
         label_score: what labels are compared by: "sum", log p(label | prompt), of all tokens of
             the label and the one that ends it; "mean", that by token, which does not favour
@@ -100,11 +104,11 @@ class Predictor:
             equal scores the first of the task is chosen.
         batch_size: prompts at once.
         window: most tokens of a prompt and its answer.
-        max_new_tokens: of a written answer.
+        max_new_tokens: of an answer written freely; a constrained one is as long as its form.
         too_long: what becomes of prompts that leave no room for an answer: "raise", or
             "truncate", which leaves out demonstrations, the first shown first, and then cuts
             the beginning of the example's own input.
-        temperature, top_p, seed: see `GenerateOptions`.
+        temperature, top_p, seed: of what is written freely, see `GenerateOptions`.
     """
 
     model: nn.Module
@@ -125,6 +129,12 @@ class Predictor:
         if self.method == "likelihood" and self.task.labels is None:
             raise UserError(
                 f"task {self.task.name} has no closed set of labels",
+                f"config.tasks.{self.task.name}.method",
+                "use auto or generate",
+            )
+        if self.method == "constrained" and not self.task.has_form:
+            raise UserError(
+                f"answers to task {self.task.name} have no form",
                 f"config.tasks.{self.task.name}.method",
                 "use auto or generate",
             )
@@ -161,7 +171,29 @@ class Predictor:
     @property
     def by_likelihood(self) -> bool:
         """Whether answers are labels, found by their likelihood."""
-        return self.task.labels is not None and self.method != "generate"
+        return self.task.labels is not None and self.method in ("auto", "likelihood")
+
+    def automata(self, examples: Sequence[Example]) -> list[Automaton]:
+        """The answers that each example allows, as the model is trained to write them.
+
+        Raises:
+            UserError: see `decoding.automaton.from_form`.
+        """
+
+        def encode(texts: Sequence[str]) -> list[list[int]]:
+            return self.tokenizer.encode_batch([self.tokenizer.escape(text) for text in texts])
+
+        made: dict[Form, Automaton] = {}
+        found = []
+        for example in examples:
+            form = self.task.form(example)
+            if form is None:
+                raise TypeError(f"task {self.task.name} has a form for some examples alone")
+            if form not in made:
+                where = f"{self.task.name}, example {example.id}"
+                made[form] = from_form(form, encode, self.tokenizer.eos_id, where)
+            found.append(made[form])
+        return found
 
     def fitted(
         self, examples: Sequence[Example], demonstrations: Sequence[Demonstrations] = ()
@@ -177,15 +209,27 @@ class Predictor:
         Raises:
             UserError: a prompt is too long, and is not to be cut or would keep nothing.
         """
-        shown = demonstrations or [()] * len(examples)
-        answer = self.max_new_tokens
-        if self.by_likelihood:
-            answer = max(len(self.answer(label)) for label in self.task.labels or ())
-        room = self.window - answer
-        return [self._fit(*each, room) for each in zip(examples, shown, strict=True)]
+        if self.method == "constrained":
+            answers = [automaton.longest for automaton in self.automata(examples)]
+        elif self.by_likelihood:
+            longest = max(len(self.answer(label)) for label in self.task.labels or ())
+            answers = [longest] * len(examples)
+        else:
+            answers = [self.max_new_tokens] * len(examples)
+        return self._fitted(examples, demonstrations, answers)
 
-    def _fit(self, example: Example, shown: Demonstrations, room: int) -> Fitted:
-        dropped = 0
+    def _fitted(
+        self,
+        examples: Sequence[Example],
+        demonstrations: Sequence[Demonstrations],
+        answers: Sequence[int],
+    ) -> list[Fitted]:
+        """`fitted`, for answers of so many tokens."""
+        shown = demonstrations or [()] * len(examples)
+        return [self._fit(*each) for each in zip(examples, shown, answers, strict=True)]
+
+    def _fit(self, example: Example, shown: Demonstrations, answer: int) -> Fitted:
+        room, dropped = self.window - answer, 0
         prompt = self.prompt(example, shown)
         while len(prompt) > room and self.too_long == "truncate" and dropped < len(shown):
             dropped += 1
@@ -197,8 +241,8 @@ class Predictor:
         head = common_prefix([prompt, self._tokens(dataclasses.replace(question, user=""))])
         if self.too_long == "raise" or lost >= len(prompt) - head:
             raise UserError(
-                f"prompt of {len(prompt)} tokens leaves no room for an answer of "
-                f"{self.window - room} in the window of {self.window}",
+                f"prompt of {len(prompt)} tokens leaves no room for an answer of {answer} in "
+                f"the window of {self.window}",
                 f"{self.task.name}, example {example.id}",
                 "use fewer demonstrations or shorter inputs, or set "
                 "config.evaluation.too_long=truncate",
@@ -226,6 +270,8 @@ class Predictor:
         Raises:
             UserError: see `fitted`.
         """
+        if self.method == "constrained":
+            return self._constrained(variables, examples, demonstrations, on_done, adapters)
         fitted = self.fitted(examples, demonstrations)
         prompts = [each.prompt for each in fitted]
         if self.by_likelihood:
@@ -254,6 +300,37 @@ class Predictor:
         )
         answers = generate(self.model, variables, prompts, options, on_done, adapters)
         texts = [self.tokenizer.decode(answer.tokens) for answer in answers]
+        return [
+            Prediction(self.task.parse(text, example), text, {}, each.lost, each.dropped)
+            for text, example, each in zip(texts, examples, fitted, strict=True)
+        ]
+
+    def _constrained(
+        self,
+        variables: Any,
+        examples: Sequence[Example],
+        demonstrations: Sequence[Demonstrations],
+        on_done: Callable[[int], None],
+        adapters: Sequence[int] | None,
+    ) -> list[Prediction]:
+        """`predict` by answers of the form that each example allows."""
+        automata = self.automata(examples)
+        longest = [automaton.longest for automaton in automata]
+        fitted = self._fitted(examples, demonstrations, longest)
+        answers = generate_constrained(
+            self.model,
+            variables,
+            [each.prompt for each in fitted],
+            automata,
+            batch_size=self.batch_size,
+            window=self.window,
+            on_done=on_done,
+            adapters=adapters,
+        )
+        texts = [
+            automaton.text((*answer.tokens, self.tokenizer.eos_id))
+            for automaton, answer in zip(automata, answers, strict=True)
+        ]
         return [
             Prediction(self.task.parse(text, example), text, {}, each.lost, each.dropped)
             for text, example, each in zip(texts, examples, fitted, strict=True)

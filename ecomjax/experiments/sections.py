@@ -64,10 +64,11 @@ class TaskConfig:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What the task's class takes, such as the columns that are shown."""
     prompt: Literal["chat", "alpaca"] = "chat"
-    method: Literal["auto", "likelihood", "generate"] = "auto"
-    """How answers are found; auto: by likelihood where there is a closed set of labels."""
+    method: Literal["auto", "likelihood", "generate", "constrained"] = "auto"
+    """How answers are found; auto: by likelihood where there is a closed set of labels;
+    constrained: written, but so that they can be read (queryner, and tasks with labels)."""
     max_new_tokens: Positive = 64
-    """Of a written answer."""
+    """Of an answer written freely."""
     label_score: Literal["sum", "mean", "calibrated"] = "sum"
     """What labels are compared by; see `evaluation.predict.Predictor`."""
 

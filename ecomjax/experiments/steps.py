@@ -91,7 +91,7 @@ def trace(config: FinetuneConfig | IclConfig, mesh: Mesh, prompts: Prompts) -> S
     if isinstance(config, FinetuneConfig):
         return _training(config, base)
     task = get_task(config.task.name, **config.task.options)
-    if task.labels is not None and config.task.method != "generate":
+    if task.labels is not None and config.task.method in ("auto", "likelihood"):
         return _scoring(config, base, prompts, len(task.labels))
     return _decoding(config, base, prompts)
 

@@ -219,6 +219,86 @@ def test_auto_writes_where_there_are_no_labels_and_reads_what_was_written(make, 
     assert isinstance(invalid.value, Invalid) and invalid.value.text == "no idea"
 
 
+class Asked(Bytes):
+    """Its prompts are the example's own input alone, which keeps them short."""
+
+    def chat(self, messages):
+        return messages[-1]["content"]
+
+
+NASTY = [
+    ["(a, O)", ","],
+    [")", "<assistant>"],
+    ["3\"x5'", "größe"],
+    ["'", "e\u0301"],
+    ["代替", "B-color"],
+    ["a b", "x\u2028"],
+]
+
+
+def nasty(task):
+    rows = [{"example_id": i, "tokens": one, "ner_tags": ["O", "O"]} for i, one in enumerate(NASTY)]
+    return [task.example(Row(row, "here")) for row in rows]
+
+
+def test_constrained_answers_can_always_be_read(make, variables):
+    """One allowed tag for each token, in any order and batch, whatever the tokens hold."""
+    task, examples = QueryNer(), nasty(QueryNer())
+    predictor = make(task, tokenizer=Asked(), method="constrained", batch_size=3, max_new_tokens=1)
+    done = []
+    found = predictor.predict(variables, examples, on_done=done.append)
+    for example, one in zip(examples, found, strict=True):
+        tokens, tags = list(example.inputs["tokens"]), list(one.value)
+        assert one.text == task.answer(Example("1", example.inputs, one.value))
+        read = task.example(Row({"tokens": tokens, "ner_tags": tags}, "an I- continues a B-"))
+        assert read.target == one.value
+    assert sum(done) == len(examples) and len({one.value for one in found}) > 1
+    assert predictor.predict(variables, examples[::-1])[::-1] == found
+
+
+def test_a_constrained_label_is_decided_token_by_token(make, variables, tiny):
+    """The likeliest of the tokens that go on as a label does: not always the likeliest label."""
+    task, examples = Esci(), examples_of(Esci(), 3)
+    predictor = make(task, tokenizer=Asked(), method="constrained")
+    found = predictor.predict(variables, examples)
+    for example, one in zip(examples, found, strict=True):
+        prompt, written = predictor.prompt(example), ()
+        labels = {predictor.answer(label): label for label in LABELS}
+        while written not in labels:
+            opened = [label for label in labels if label[: len(written)] == written]
+            allowed = sorted({label[len(written)] for label in opened})
+            tokens, length = np.zeros((1, 384), np.int32), len(prompt) + len(written)
+            tokens[0, :length] = (*prompt, *written)
+            logits = tiny.logits(tokens)[0, length - 1] if len(allowed) > 1 else np.zeros(61)
+            written += (max(allowed, key=logits.__getitem__),)
+        assert one.value == one.text == labels[written] and one.scores == {}
+
+
+def test_room_for_the_longest_constrained_answer_of_each_example(make):
+    """And not for that of another, or for max_new_tokens."""
+    task = QueryNer()
+    rows = [
+        {"example_id": len(words), "tokens": words, "ner_tags": ["O"] * len(words)}
+        for words in (["a"], ["a", "a"])
+    ]
+    short, long = (task.example(Row(row, "here")) for row in rows)
+    predictor = make(task, tokenizer=Asked(), method="constrained", max_new_tokens=9999)
+    answer = len(predictor.answer("(a, B-core_product_type), (a, I-core_product_type)"))
+    needed = len(predictor.prompt(long)) + answer
+    tight = dataclasses.replace(predictor, window=needed)
+    assert [each.lost for each in tight.fitted([short, long])] == [0, 0]
+    tight = dataclasses.replace(predictor, window=needed - 1)
+    assert [each.lost for each in tight.fitted([short])] == [0]
+    with pytest.raises(UserError, match=rf"an answer of {answer} in .*queryner, example 2;"):
+        tight.fitted([short, long])
+
+
+def test_answers_without_a_form_are_not_constrained(make):
+    message = r"instruction have no form: config\.tasks\.instruction\.method; use auto or generate"
+    with pytest.raises(UserError, match=message):
+        make(Instruction(), method="constrained")
+
+
 def test_labels_can_be_written_too(make, variables):
     examples = examples_of(Esci(), 2)
     found = make(Esci(), "Substitute, I think", method="generate").predict(variables, examples)
