@@ -10,11 +10,15 @@ import pytest
 from ecomjax.adapters.quantize import quantize, ratios
 from ecomjax.data.encoded import Encoded, EncodedSet, shared_prefix
 from ecomjax.data.packing import assemble, make_plan
+from ecomjax.decoding.automaton import from_form
+from ecomjax.decoding.constrain import generate_constrained
 from ecomjax.decoding.generate import GenerateOptions, generate
 from ecomjax.errors import UserError
 from ecomjax.hf import presets
 from ecomjax.hf.checkpoints import load_pretrained, save_pretrained
 from ecomjax.models import registry
+from ecomjax.tasks.base import Example
+from ecomjax.tasks.queryner import QueryNer
 
 pytestmark = pytest.mark.slow
 
@@ -252,3 +256,64 @@ def test_transformers_reads_the_same_file(loaded, torch_model):
     tokenizer = transformers.AutoTokenizer.from_pretrained(where, gguf_file=name)
     for text in TEXTS[:4]:
         assert loaded.tokenizer.encode(text) == tokenizer(text)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def automaton_of(loaded):
+    """Function (words) -> the automaton of the answers to a query."""
+    tokenizer = loaded.tokenizer
+
+    def make(*words):
+        form = QueryNer().form(Example("1", {"tokens": words}, ()))
+        return from_form(form, tokenizer.encode_batch, tokenizer.eos_id, " ".join(words))
+
+    return make
+
+
+def answers_of(automaton, state=0, before=()):
+    """The tokens of all answers."""
+    chunk, choices, targets = automaton.states[state]
+    if not choices:
+        return [before + chunk]
+    return [one for target in targets for one in answers_of(automaton, target, before + chunk)]
+
+
+def test_all_answers_to_queries_of_two_words(loaded, automaton_of):
+    """Every pair of neighbouring tags, with words that tokenizers cut in all ways."""
+    words = [word for text in TEXTS[:8] for word in text.split()]
+    for pair in zip(words[::2], words[1::2], strict=False):
+        automaton = automaton_of(*pair)
+        found = answers_of(automaton)
+        texts = [automaton.text(tokens) for tokens in found]
+        assert len(set(texts)) == len(found) == 18 * 18 + 17
+        whole = loaded.tokenizer.encode_batch(texts)
+        assert found == [(*ids, loaded.tokenizer.eos_id) for ids in whole]
+
+
+def test_constrained_answers(loaded, torch_model, automaton_of):
+    """Those that transformers' model gives where it may go on only as some answer does."""
+    import torch
+
+    queries = [("red", "duvet"), ("size", "38½"), ("kids", "shoes"), tuple(TEXTS[0].split())]
+    automata, prompts = [automaton_of(*query) for query in queries], []
+    for query in queries:
+        turns = [{"role": "user", "content": f"Tag each word: {' '.join(query)}"}]
+        prompts.append(loaded.tokenizer.encode(loaded.tokenizer.chat(turns)))
+    model, variables = registry.build(loaded.config), jax.device_put({"params": loaded.params})
+    found = generate_constrained(model, variables, prompts, automata, batch_size=4, window=1024)
+    for prompt, automaton, one in zip(prompts[:3], automata, found, strict=False):
+        allowed, written = answers_of(automaton), ()
+        while not written or written[-1] != loaded.tokenizer.eos_id:
+            allowed = [answer for answer in allowed if answer[: len(written)] == written]
+            following = sorted({answer[len(written)] for answer in allowed})
+            if len(following) > 1:
+                with torch.no_grad():
+                    logits = torch_model(torch.tensor([[*prompt, *written]])).logits[0, -1]
+                following = [max(following, key=logits.tolist().__getitem__)]
+            written += (following[0],)
+        assert (*one.tokens, loaded.tokenizer.eos_id) == written
+    for automaton, one in zip(automata, found, strict=True):
+        text = automaton.text((*one.tokens, loaded.tokenizer.eos_id))
+        assert loaded.tokenizer.encode(text) == list(one.tokens)
+        assert one.decisions <= 2 * text.count("), ") + 2 + text.count("product_n")
+        assert one.forwards < len(one.tokens) / 3
