@@ -200,6 +200,13 @@ def test_merges_across_the_borders_of_pieces():
     assert automaton.states[0].chunk == () and len(accepted(automaton)) == 18
 
 
+def test_pieces_without_a_choice_between_those_with_one():
+    """Forced tokens are of one state, though pieces meet in the midst of them."""
+    form = slots(["a", "b"], ["c"], ["d"], ["e", "f"], ["g"], ["h"])
+    automaton = assert_exact(form, merged("cd", "gh"))
+    assert [len(state.chunk) for state in automaton.states[1:]] == [2, 2, 3, 3]
+
+
 def test_an_edge_without_text_goes_on_as_its_target():
     """`cd` after `ab` alone, `d` and `e` after both; then anything, or nothing."""
     form = Form(
@@ -231,6 +238,17 @@ def test_a_tokenizer_that_looks_far_is_refused():
         return [[ord(c) + (text.count("b") > 1) for c in text] for text in texts]
 
     with pytest.raises(UserError, match="depend on others far"):
+        from_form(form, encode, END, "here")
+
+
+def test_one_piece_of_many_that_changes_what_follows_is_refused():
+    """No answer drawn at random holds it."""
+    form = slots(*[[f"{i}," for i in range(400)]] * 2)
+
+    def encode(texts):
+        return [[ord(c) + text.startswith("217,") for c in text] for text in texts]
+
+    with pytest.raises(UserError, match=r"'217,0,' depend on others far"):
         from_form(form, encode, END, "here")
 
 
