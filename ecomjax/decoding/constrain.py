@@ -119,9 +119,7 @@ def _append(
     chunk, length = _of_state(tables.chunks, s.state), _of_state(tables.lengths, s.state)
     count = jnp.arange(chunk.shape[1], dtype=jnp.int32)[None, :]
     last = jnp.maximum(length - 1, 0)[:, None]
-    # Padding stays at the last position, since a table of them may end there.
-    first = (rows.offset + rows.lengths + s.appended)[:, None]
-    positions = first + jnp.minimum(count, last)
+    positions = (rows.offset + rows.lengths + s.appended)[:, None] + count
     segments = jnp.where(count < length[:, None], OWN_SEGMENT, PADDING_SEGMENT)
     hidden, cache = bound.apply(
         variables, chunk, positions, segments, s.cache, rows.before, rows.adapter

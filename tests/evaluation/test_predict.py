@@ -279,7 +279,7 @@ def test_room_for_the_longest_constrained_answer_of_each_example(make):
     task = QueryNer()
     rows = [
         {"example_id": len(words), "tokens": words, "ner_tags": ["O"] * len(words)}
-        for words in (["a"], ["a", "a"])
+        for words in (["a" * 14], ["a", "a"])
     ]
     short, long = (task.example(Row(row, "here")) for row in rows)
     predictor = make(task, tokenizer=Asked(), method="constrained", max_new_tokens=9999)
