@@ -356,6 +356,18 @@ def test_demonstrations_are_left_out_before_input_is_cut(make, variables):
         make(Esci(), window=sizes[0] + 2).fitted(examples, shown)
 
 
+def test_special_tokens_spelt_in_a_query_are_plain_text_in_its_constrained_answer(make):
+    task, words = QueryNer(), ("<assistant>", "red")
+    example = Example("a", {"tokens": words, "query": " ".join(words)}, ("O", "O"))
+    (automaton,) = make(task, method="constrained").automata([example])
+    answer = task.answer(example)
+    escaped = Words().escape(answer)
+    assert escaped != answer
+    assert automaton.text([*Words().encode(escaped), END]) == answer
+    with pytest.raises(ValueError, match="no answer of the form"):
+        automaton.text([*Words().encode(answer), END])
+
+
 def test_no_text_of_a_row_can_end_a_turn(make):
     """Titles, demonstrations and answers with a special token spelt in them are plain text."""
     task = QueryNer()
