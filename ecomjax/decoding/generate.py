@@ -143,6 +143,7 @@ def generate(
     options: GenerateOptions,
     on_done: Callable[[int], None] = lambda count: None,
     adapters: Sequence[int] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Generated]:
     """Answers to tokenized prompts, in their order.
 
@@ -157,6 +158,8 @@ def generate(
         on_done: called with the number of prompts just finished, for progress.
         adapters: which of several each prompt uses, where "lora" holds several; see
             `adapters.routing.hold_together`.
+        numbers: below 2^32, one for each prompt, from which its draws are seeded, so that they do
+            not depend on what else is asked; by default the places of the prompts.
 
     Raises:
         UserError: an empty prompt, or one that leaves no room for an answer.
@@ -166,7 +169,8 @@ def generate(
     compiled = dataclasses.replace(options, batch_size=1, window=1, seed=0)
     results: dict[int, Generated] = {}
     for indices, rows in batches(model, variables, prompts, options, adapters):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(root, np.array(indices, np.uint32))
+        own = np.array([numbers[i] if numbers else i for i in indices], np.uint32)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(root, own)
         drawn, log_probabilities = jax.device_get(_decode(model, compiled, variables, rows, keys))
         for row, i in enumerate(indices):
             answer, ended = until(options.end, drawn[row].tolist())

@@ -298,7 +298,8 @@ class Predictor:
             top_p=self.top_p,
             seed=self.seed,
         )
-        answers = generate(self.model, variables, prompts, options, on_done, adapters)
+        numbers = [key_of(example.id) % 2**32 for example in examples]
+        answers = generate(self.model, variables, prompts, options, on_done, adapters, numbers)
         texts = [self.tokenizer.decode(answer.tokens) for answer in answers]
         return [
             Prediction(self.task.parse(text, example), text, {}, each.lost, each.dropped)

@@ -174,6 +174,8 @@ def from_config(config: Mapping[str, Any] | ConfigDict) -> Config:
     result = convert(plain, EXPERIMENTS[kind], "config")
     if isinstance(result, StudyConfig):
         _check_study(result)
+    if isinstance(result, FinetuneConfig | ScoreConfig):
+        _check_tasks(result.tasks)
     if isinstance(result, FinetuneConfig):
         _check_finetune(result)
     if isinstance(result, ExportConfig):
@@ -193,16 +195,19 @@ def to_json(config: Any) -> str:
     return json.dumps(to_dict(config), indent=2, ensure_ascii=False) + "\n"
 
 
-def _check_finetune(finetune: FinetuneConfig) -> None:
-    """There are tasks, with names that can be folders and a weight for each if any is weighed;
-    the adapter suits the base."""
-    for label in finetune.tasks:
+def _check_tasks(tasks: Mapping[str, TaskConfig]) -> None:
+    """There are tasks, with names that can be folders."""
+    for label in tasks:
         if not re.fullmatch(r"\w[\w.-]*", label):
             raise UserError(
                 f"task named {label!r}", "config.tasks", "use letters, digits, _, - and ."
             )
-    if not finetune.tasks:
+    if not tasks:
         raise UserError("no tasks", "config.tasks", "name one or more")
+
+
+def _check_finetune(finetune: FinetuneConfig) -> None:
+    """There is a weight for each task if any is weighed; the adapter suits the base."""
     if finetune.adapter.pissa and finetune.model.quantization != "none":
         raise UserError(
             "PiSSA takes a part out of the base, which a quantized one cannot give",

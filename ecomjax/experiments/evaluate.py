@@ -145,14 +145,14 @@ def _fewshot(config: IclConfig, folder: Workdir) -> None:
 
     validation = load_examples(task, config.data, "validation")
     validation = choose(validation, few.select_examples, few.seed)
-    clean = chooser.scorable(validation)
+    clean = _scorable(chooser, validation, "validation")
     found = {k: scored(clean, k, "validation") for k in shots}
     best = max(shots, key=lambda k: found[k]["metrics"][task.headline]["value"])
     say(f"{task.name}: {best} demonstrations are best on {len(clean)} validation examples")
 
     split = config.evaluation.split
     examples = load_examples(task, config.data, split)
-    clean = chooser.scorable(examples)
+    clean = _scorable(chooser, examples, split)
     for k in sorted({0, best} & {*shots, best}):
         scored(clean, k, split)
     chosen = {
@@ -163,6 +163,18 @@ def _fewshot(config: IclConfig, folder: Workdir) -> None:
         "excluded": len(examples) - len(clean),
     }
     hosts.on_main(lambda: write_json(folder.path / "eval" / task.name / "shots.json", chosen))
+
+
+def _scorable(chooser: Chooser, examples: Sequence[Example], split: str) -> list[Example]:
+    """See `Chooser.scorable`; UserError where none is left."""
+    clean = chooser.scorable(examples)
+    if not clean:
+        raise UserError(
+            f"every example of {split} shares its id or input with a demonstration",
+            "config.fewshot.shots",
+            "use fewer shots, config.fewshot.policy=random or similar, or mend the splits",
+        )
+    return clean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +237,7 @@ def _scored(
         _check_examples(examples, kept)
         return result
 
-    told = [(e.id, key_of(f"{task.user(e)}\n{task.answer(e)}")) for e in examples]
+    told = [(e.id, key_of(json.dumps(jsonable([e.inputs, e.target])))) for e in examples]
     partial = Partial(folder.partial(label, name), [wanted, told])
 
     def write() -> dict[str, Any]:

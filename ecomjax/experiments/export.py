@@ -38,6 +38,10 @@ def run(config: ExportConfig, workdir: str) -> None:
         )
     found, folder = find_adapter(config.adapter), Workdir(workdir)
     target = folder.adapter if config.output == "adapter" else folder.model
+    if target.exists() and not folder.run.exists():
+        raise UserError(
+            "the folder holds what no export has made", str(target), "use another --workdir"
+        )
     with folder.writing(config):
         if folder.export.exists() and target.exists():
             check_unchanged(folder.export, [found])

@@ -45,7 +45,7 @@ class Given:
 
 def find_adapter(path: str) -> Path:
     """The folder of an adapter, given that or the run folder that holds it."""
-    folder = Path(path).expanduser().absolute()
+    folder = Path(path).expanduser().resolve()
     for found in (folder, folder / "adapter"):
         if (found / CONFIG).is_file():
             return found

@@ -394,3 +394,31 @@ def test_another_adapter_in_the_same_folder_does_not_pass_for_the_one_scored(
     make_adapter(3, alpha=1.0)
     with pytest.raises(UserError, match=r"scored before with other.*adapter-3\.metrics"):
         evaluate.run(make_config("score", changes=given), str(tmp_path / "run"))
+
+
+def test_draws_depend_neither_on_batches_nor_on_where_an_evaluation_was_interrupted(
+    make_config, tmp_path, monkeypatch, as_in_production
+):
+    monkeypatch.setattr(evaluate, "KEPT_AFTER", 1)
+    sampled = {"fewshot.shots": (0,), "evaluation.temperature": 1.0, "data.test_size": 6}
+    texts = []
+    for size in (4, 6):
+        config = make_config("icl", "queryner", sampled | {"evaluation.batch_size": size})
+        with as_in_production():
+            evaluate.run(config, str(tmp_path / str(size)))
+        kept = tmp_path / str(size) / "eval" / "queryner" / "test-0-shot.predictions.jsonl"
+        texts.append([record["text"] for record in read_jsonl(kept)])
+    assert texts[0] == texts[1] and len(set(texts[0])) == 6
+
+
+def test_where_every_example_is_shown_there_is_nothing_to_score(make_config, asked, tmp_path):
+    folder = tmp_path / "data" / "esci"
+    folder.mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        rows = [
+            dict(row.values) for row in SyntheticSource(0, Sizes(2, 2, 2)).rows("esci", "train")
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    local = {"data.source": "local", "data.path": str(folder.parent), "fewshot.shots": (0, 2)}
+    with pytest.raises(UserError, match=r"every example of validation.*config\.fewshot\.shots"):
+        evaluate.run(make_config("icl", changes=local), str(tmp_path / "run"))

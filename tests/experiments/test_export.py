@@ -152,3 +152,15 @@ def test_mistakes(make_config, make_adapter, tmp_path):
         with pytest.raises(UserError, match=told):
             export.run(from_config(raw), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_is_neither_replaced_nor_removed_by_its_own_export(
+    make_config, make_adapter, tmp_path
+):
+    kept = make_adapter(1, {Q: 4}).rename(tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    for rank in (2, 16):
+        config = make_config(kept, output="adapter", vllm=True, vllm_rank=rank)
+        with pytest.raises(UserError, match="what no export has made"):
+            export.run(config, str(tmp_path))
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
