@@ -216,7 +216,8 @@ def delta(params: Params, adapter: Adapter) -> Params:
 def uniform(adapter: Adapter) -> Adapter:
     """The same deltas, every kernel at the largest rank and with a scale of 1.
 
-    For readers that know one rank and one alpha alone. Scales go into `b`, in float32.
+    For readers that know one rank and one alpha alone. Scales go into `b`, which is rounded once
+    to its dtype.
 
     Raises:
         UserError: a leaf that is no `LowRank`, whose delta takes the base to know.

@@ -1,12 +1,13 @@
 """Which demonstrations a prompt shows, and with which examples it must not be scored.
 
 They depend on the seed, the training examples and, under some policies, the example that is
-asked: never on the order of either, nor on what else is asked. Those for fewer shots are the
-first of those for more.
+asked: never on the order of either, nor on what else is asked. As drawn, those for fewer shots
+are the first of those for more.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -81,6 +82,9 @@ class Chooser:
             random.Random(seed).shuffle(drawn)
             self._drawn = (_in_turn(drawn) if policy == "balanced" else drawn)[:shots]
         self._similar = _Similar(map(task.user, self._train)) if policy == "similar" else None
+        self._shots = shots
+        self._own: dict[tuple[str, str], list[Example]] = {}
+        """Of each example asked for by id and text, since it is asked for with every number."""
 
     def of(self, example: Example, shots: int) -> list[Example]:
         """So many demonstrations for an example, in the order in which they are shown.
@@ -91,7 +95,10 @@ class Chooser:
         if self.shared:
             chosen = self._drawn[:shots]
         else:
-            chosen = [shown for shown, _ in zip(self._others(example), range(shots), strict=False)]
+            asked = example.id, self._task.user(example)
+            if asked not in self._own:
+                self._own[asked] = list(itertools.islice(self._others(*asked), self._shots))
+            chosen = self._own[asked][:shots]
             if len(chosen) < shots:
                 raise UserError(
                     f"{shots} demonstrations, but only {len(chosen)} training examples with "
@@ -112,17 +119,16 @@ class Chooser:
         texts = {self._task.user(shown) for shown in self._drawn}
         return [e for e in examples if e.id not in ids and self._task.user(e) not in texts]
 
-    def _others(self, example: Example) -> Iterator[Example]:
-        """Training examples that share neither id nor input with this one, the first choice
+    def _others(self, id: str, text: str) -> Iterator[Example]:
+        """Training examples that share neither id nor input with an example, the first choice
         first."""
-        text = self._task.user(example)
         if self._similar is None:
-            places = _drawn_places(len(self._train), self._generator(example.id, "draw"))
+            places = _drawn_places(len(self._train), self._generator(id, "draw"))
         else:
             places = iter(self._similar.places(text))
         for place in places:
             shown = self._train[place]
-            if shown.id != example.id and self._task.user(shown) != text:
+            if shown.id != id and self._task.user(shown) != text:
                 yield shown
 
     def _generator(self, *what: str) -> random.Random:
