@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -90,6 +91,8 @@ def initialize(
     late.start()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
+        if process == 0:
+            _check_port(int(str(coordinator).rpartition(":")[2]))
         jax.distributed.initialize(
             **described,
             initialization_timeout=join_seconds + 60,
@@ -102,7 +105,7 @@ def initialize(
             f"start the command by srun or mpirun, on a TPU VM or on GKE, or give "
             f"{', '.join(explicit)}",
         ) from error
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise UserError(
             f"cannot join the other processes ({error})",
             where,
@@ -124,6 +127,14 @@ def _check(coordinator: str, processes: int, process: int) -> None:
             f"--process={process}",
             "number them from 0",
         )
+
+
+def _check_port(port: int) -> None:
+    """OSError where another program listens at the port: JAX may answer that with a crash."""
+    with socket.socket() as server:
+        # As JAX would, past connections to the port that the system has not forgotten yet.
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("", port))
 
 
 def _late(where: str, seconds: int) -> None:
