@@ -40,5 +40,5 @@ export PYRIGHT_PYTHON_GLOBAL_NODE=off PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 .venv/bin/ruff format --check .
 .venv/bin/pyright
 cores=$(getconf _NPROCESSORS_ONLN)
-exec .venv/bin/python -m pytest -q -rs -n "$((cores < 4 ? cores : 4))" --dist loadscope \
+exec .venv/bin/python -m pytest -q -rs -n "$((cores < 4 ? cores : 4))" --dist loadscope --no-loadscope-reorder \
   ${selection[@]+"${selection[@]}"}

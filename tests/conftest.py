@@ -60,6 +60,15 @@ if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+LONG = ("test_hosts", "test_meshes", "test_kill", "test_benchmark", "test_smollm2")
+"""Modules that take many minutes each."""
+
+
+def pytest_collection_modifyitems(items):
+    """Long modules come first, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Converted and tokenized data go to a folder of this run, in commands that it starts too."""
