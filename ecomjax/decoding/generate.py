@@ -14,29 +14,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ecomjax.decoding import sampling
 from ecomjax.decoding.batches import Limits, Rows, batches, follow, prefill
+from ecomjax.decoding.sampling import Sampling, sample
 from ecomjax.sharding import constrain
 from ecomjax.typing import KVCache
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateOptions(Limits):
+class GenerateOptions(Sampling, Limits):
     """How to decode.
 
     Attributes:
-        temperature: 0 is greedy.
-        top_p: nucleus, see `sampling.sample`.
         seed: of the draws; a prompt's draws depend on it and on the prompt's place alone.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
     seed: int = 0
 
     def __post_init__(self):
-        super().__post_init__()
-        sampling.check(self.temperature, self.top_p)
+        Limits.__post_init__(self)
+        Sampling.__post_init__(self)
 
 
 class Decoding(flax.struct.PyTreeNode):
@@ -52,15 +48,22 @@ class Decoding(flax.struct.PyTreeNode):
     log_probabilities: Float[Array, "B max_new"]
     """Of the drawn tokens at temperature 1; 0 from a row's end on."""
     cache: KVCache
+    seen: Bool[Array, "B V"] | None
+    """Tokens of the prompts and those drawn, where there is a repetition penalty."""
 
 
 def begin(
-    model: nn.Module, options: GenerateOptions, variables: Any, rows: Rows, keys: Any
+    model: nn.Module,
+    options: GenerateOptions,
+    variables: Any,
+    rows: Rows,
+    keys: Any,
+    seen: Bool[Array, "B V"] | None = None,
 ) -> Decoding:
     """The prompts filled in, and the first token drawn."""
     batch = rows.tokens.shape[0]
     hidden, cache = prefill(model, variables, rows, options.max_new_tokens)
-    first, log_probability = _draw(model, options, variables, rows, keys, hidden, 0)
+    first, log_probability = _draw(model, options, variables, rows, keys, hidden, seen, 0)
     return Decoding(
         drawn=jnp.ones((), jnp.int32),
         last=first,
@@ -70,6 +73,7 @@ def begin(
             jnp.zeros((batch, options.max_new_tokens), jnp.float32), log_probability, 0
         ),
         cache=cache,
+        seen=_with(seen, first),
     )
 
 
@@ -78,7 +82,7 @@ def step(
 ) -> Decoding:
     """One more token drawn for every row."""
     hidden, cache = follow(model, variables, rows, s.last, s.drawn, s.cache)
-    token, log_probability = _draw(model, options, variables, rows, keys, hidden, s.drawn)
+    token, log_probability = _draw(model, options, variables, rows, keys, hidden, s.seen, s.drawn)
     token = jnp.where(s.ended, options.end, token)
     log_probability = jnp.where(s.ended, 0.0, log_probability)
     return Decoding(
@@ -88,16 +92,24 @@ def step(
         tokens=_write(s.tokens, token, s.drawn),
         log_probabilities=_write(s.log_probabilities, log_probability, s.drawn),
         cache=cache,
+        seen=_with(s.seen, token),
     )
 
 
-def _draw(model, options, variables, rows, keys, hidden, number):
+def _draw(model, options, variables, rows, keys, hidden, seen, number):
     """Tokens and their log-probabilities."""
     logits: Any = model.apply(variables, hidden, rows.adapter, method="logits")
     row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-    chosen = sampling.sample(logits[:, 0], row_keys, options.temperature, options.top_p)
+    chosen = sample(logits[:, 0], row_keys, options, seen)
     picked = jnp.take_along_axis(logits[:, 0], chosen[:, None], axis=-1)[:, 0]
     return chosen, picked - jax.nn.logsumexp(logits[:, 0], axis=-1)
+
+
+def _with(seen, tokens):
+    """What is seen, where the tokens [B] are too."""
+    if seen is None:
+        return None
+    return seen | jax.nn.one_hot(tokens, seen.shape[1], dtype=bool)
 
 
 def _write(buffer, column, number):
@@ -106,14 +118,19 @@ def _write(buffer, column, number):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _decode(
-    model: nn.Module, options: GenerateOptions, variables: Any, rows: Rows, keys: Any
+    model: nn.Module,
+    options: GenerateOptions,
+    variables: Any,
+    rows: Rows,
+    keys: Any,
+    seen: Bool[Array, "B V"] | None,
 ) -> tuple[Int[Array, "B max_new"], Float[Array, "B max_new"]]:
     """Tokens drawn for each row, and their log-probabilities."""
 
     def unfinished(s: Decoding):
         return (s.drawn < options.max_new_tokens) & ~s.ended.all()
 
-    state = begin(model, options, variables, rows, keys)
+    state = begin(model, options, variables, rows, keys, seen)
     state = jax.lax.while_loop(
         unfinished, partial(step, model, options, variables, rows, keys), state
     )
@@ -171,12 +188,31 @@ def generate(
     for indices, rows in batches(model, variables, prompts, options, adapters):
         own = np.array([numbers[i] if numbers else i for i in indices], np.uint32)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(root, own)
-        drawn, log_probabilities = jax.device_get(_decode(model, compiled, variables, rows, keys))
+        seen = _seen(model, options, [prompts[i] for i in indices])
+        drawn, log_probabilities = jax.device_get(
+            _decode(model, compiled, variables, rows, keys, seen)
+        )
         for row, i in enumerate(indices):
             answer, ended = until(options.end, drawn[row].tolist())
             results[i] = Generated(answer, float(log_probabilities[row].sum()), ended)
         on_done(len(set(indices)))
     return [results[i] for i in range(len(prompts))]
+
+
+def _seen(
+    model: nn.Module, options: GenerateOptions, prompts: Sequence[Sequence[int]]
+) -> Bool[Array, "B V"] | None:
+    """Tokens that answers to the prompts follow, where there is a penalty on repeating them.
+
+    Those of an encoder-decoder follow its start tokens, not its sources.
+    """
+    if options.repetition_penalty == 1.0:
+        return None
+    bound: Any = model
+    seen = np.zeros((len(prompts), bound.config.vocab_size), bool)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[list(options.start or prompt)] = True
+    return jnp.asarray(seen)
 
 
 def until(end: int, tokens: Sequence[int]) -> tuple[tuple[int, ...], bool]:

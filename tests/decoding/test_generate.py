@@ -87,6 +87,32 @@ def test_draws_depend_on_seed_and_place_alone(tiny, variables, prompts):
     assert len(set(same)) > 1
 
 
+@pytest.mark.parametrize("penalty", [1.7, 0.5])
+def test_a_repetition_penalty_is_of_the_prompt_and_of_what_was_drawn(
+    tiny, variables, prompts, penalty
+):
+    """Tokens that all prompts open with are of each prompt; the answer is the naive loop's."""
+    options = GenerateOptions(NEW, 60, batch_size=3, repetition_penalty=penalty)
+    found = [r.tokens for r in generate(tiny.model, variables, prompts, options)]
+    answers = [[] for _ in prompts]
+    for _ in range(NEW):
+        sequences = [p + a for p, a in zip(prompts, answers, strict=True)]
+        padded = np.zeros((len(prompts), 64), np.int32)
+        for row, sequence in zip(padded, sequences, strict=True):
+            row[: len(sequence)] = sequence
+        table = tiny.logits(padded)
+        for row, sequence in enumerate(sequences):
+            logits = table[row, len(sequence) - 1].copy()
+            seen = np.unique(sequence)
+            logits[seen] = np.where(logits < 0, logits * penalty, logits / penalty)[seen]
+            answers[row].append(int(logits.argmax()))
+    assert found == [tuple(a[: a.index(60)] if 60 in a else a) for a in answers]
+    plain = generate(
+        tiny.model, variables, prompts, dataclasses.replace(options, repetition_penalty=1.0)
+    )
+    assert found != [r.tokens for r in plain]
+
+
 def test_f37_decoding_stops_when_all_rows_have_ended(tiny, variables, prompts, watched, naive):
     """And compiles nothing anew for other lengths of a bucket, prompts or seeds."""
     answers, _ = naive
