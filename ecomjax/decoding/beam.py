@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ecomjax.decoding.batches import Limits, Rows, batches, follow, prefill
-from ecomjax.decoding.generate import Generated, until
+from ecomjax.decoding.generate import until
 from ecomjax.errors import UserError
 from ecomjax.sharding import constrain
 from ecomjax.typing import KVCache
@@ -52,13 +52,19 @@ class BeamOptions(Limits):
 
 
 @dataclasses.dataclass(frozen=True)
-class Found(Generated):
-    """The best answer.
+class Found:
+    """The best answer, its end token left out.
 
     Attributes:
+        tokens: token ids.
+        log_probability: of the tokens and, if there was one, the end token.
+        ended: whether the end token was drawn before `max_new_tokens`.
         score: what it was best by.
     """
 
+    tokens: tuple[int, ...]
+    log_probability: float
+    ended: bool
     score: float
 
 
@@ -209,7 +215,7 @@ def beam_search(
     for indices, rows in batches(model, variables, prompts, options, adapters):
         tokens, scores = jax.device_get(_search(model, compiled, variables, rows))
         for row, i in enumerate(indices):
-            answer, ended = until(options.end, tokens[row].tolist())
+            answer, ended = until((options.end,), tokens[row].tolist())
             score = float(scores[row])
             total = score * options.divisor(len(answer) + ended)
             results[i] = Found(answer, total, ended, score)

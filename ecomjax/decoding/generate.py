@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ecomjax.decoding.batches import Limits, Rows, batches, follow, prefill
 from ecomjax.decoding.sampling import Sampling, sample
+from ecomjax.decoding.stopping import StopStrings
+from ecomjax.errors import UserError
 from ecomjax.sharding import constrain
 from ecomjax.typing import KVCache
 
@@ -26,13 +30,28 @@ class GenerateOptions(Sampling, Limits):
 
     Attributes:
         seed: of the draws; a prompt's draws depend on it and on the prompt's place alone.
+        samples: answers to each prompt, each with draws of its own.
+        stop_ids: further tokens that end an answer as `end` does.
+        stop: strings that end an answer where one of them first appears in its text.
     """
 
     seed: int = 0
+    samples: int = 1
+    stop_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self):
         Limits.__post_init__(self)
         Sampling.__post_init__(self)
+        if self.samples < 1:
+            raise UserError(f"samples {self.samples}", "decoding", "ask for 1 answer or more")
+        if not all(self.stop):
+            raise UserError(f"stop strings {list(self.stop)}", "decoding", "leave the empty out")
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """All tokens that end an answer."""
+        return (self.end, *self.stop_ids)
 
 
 class Decoding(flax.struct.PyTreeNode):
@@ -44,9 +63,9 @@ class Decoding(flax.struct.PyTreeNode):
     """The token drawn last, not yet in the cache."""
     ended: Bool[Array, "B"]
     tokens: Int[Array, "B max_new"]
-    """Tokens drawn; the end token from a row's end on."""
+    """Tokens drawn; what follows a row's end counts for nothing."""
     log_probabilities: Float[Array, "B max_new"]
-    """Of the drawn tokens at temperature 1; 0 from a row's end on."""
+    """Of the tokens at temperature 1, before any penalty."""
     cache: KVCache
     seen: Bool[Array, "B V"] | None
     """Tokens of the prompts and those drawn, where there is a repetition penalty."""
@@ -67,7 +86,7 @@ def begin(
     return Decoding(
         drawn=jnp.ones((), jnp.int32),
         last=first,
-        ended=first == options.end,
+        ended=_ends(options, first),
         tokens=_write(jnp.full((batch, options.max_new_tokens), options.end, jnp.int32), first, 0),
         log_probabilities=_write(
             jnp.zeros((batch, options.max_new_tokens), jnp.float32), log_probability, 0
@@ -83,12 +102,10 @@ def step(
     """One more token drawn for every row."""
     hidden, cache = follow(model, variables, rows, s.last, s.drawn, s.cache)
     token, log_probability = _draw(model, options, variables, rows, keys, hidden, s.seen, s.drawn)
-    token = jnp.where(s.ended, options.end, token)
-    log_probability = jnp.where(s.ended, 0.0, log_probability)
     return Decoding(
         drawn=s.drawn + 1,
         last=token,
-        ended=s.ended | (token == options.end),
+        ended=s.ended | _ends(options, token),
         tokens=_write(s.tokens, token, s.drawn),
         log_probabilities=_write(s.log_probabilities, log_probability, s.drawn),
         cache=cache,
@@ -103,6 +120,10 @@ def _draw(model, options, variables, rows, keys, hidden, seen, number):
     chosen = sample(logits[:, 0], row_keys, options, seen)
     picked = jnp.take_along_axis(logits[:, 0], chosen[:, None], axis=-1)[:, 0]
     return chosen, picked - jax.nn.logsumexp(logits[:, 0], axis=-1)
+
+
+def _ends(options, tokens):
+    return jnp.isin(tokens, jnp.asarray(options.ends, jnp.int32))
 
 
 def _with(seen, tokens):
@@ -140,17 +161,26 @@ def _decode(
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """One prompt's answer, its end token left out.
+    """An answer, what ended it left out.
 
     Attributes:
-        tokens: token ids.
-        log_probability: of the tokens and, if there was one, the end token.
-        ended: whether the end token was drawn before `max_new_tokens`.
+        tokens: token ids; where a stop string ended the answer, those whose text ends before it.
+        log_probabilities: of the tokens and, if the answer has ended, of the next one, which is
+            the end token or the one that the stop string begins in; by the model as it is, at
+            temperature 1.
+        ended: whether an end token or a stop string came before `max_new_tokens` were drawn.
+        text: what the answer reads, up to the stop string; None where there is no decoder.
     """
 
     tokens: tuple[int, ...]
-    log_probability: float
+    log_probabilities: tuple[float, ...]
     ended: bool
+    text: str | None = None
+
+    @property
+    def log_probability(self) -> float:
+        """Of the tokens together, what ended them included."""
+        return math.fsum(self.log_probabilities)
 
 
 def generate(
@@ -161,11 +191,12 @@ def generate(
     on_done: Callable[[int], None] = lambda count: None,
     adapters: Sequence[int] | None = None,
     numbers: Sequence[int] | None = None,
+    decode: Callable[[Sequence[int]], str] | None = None,
 ) -> list[Generated]:
-    """Answers to tokenized prompts, in their order.
+    """Answers to tokenized prompts, in their order; all samples of one before those of the next.
 
     Prompts are sorted by length into batches; tokens that all of them open with are
-    computed once.
+    computed once. Answers do not depend on the batch size, nor on the other prompts.
 
     Args:
         model: see `models.likelihood.token_log_likelihood`; also has `new_cache`.
@@ -177,26 +208,59 @@ def generate(
             `adapters.routing.hold_together`.
         numbers: below 2^32, one for each prompt, from which its draws are seeded, so that they do
             not depend on what else is asked; by default the places of the prompts.
+        decode: from token ids to text, where stop strings are given or text is wanted.
 
     Raises:
-        UserError: an empty prompt, or one that leaves no room for an answer.
+        UserError: an empty prompt, or one that leaves no room for an answer; stop strings
+            without `decode`.
     """
+    if options.stop and decode is None:
+        raise UserError(
+            f"stop strings {list(options.stop)} but no decoder",
+            "decoding",
+            "say how tokens are decoded to text",
+        )
+    strings = None if decode is None else StopStrings(options.stop, decode)
     root = jax.random.key(options.seed)
-    # Compiled code depends on neither of these; a constant keeps it from being made anew.
-    compiled = dataclasses.replace(options, batch_size=1, window=1, seed=0)
+    # Compiled code depends on none of these; a constant keeps it from being made anew.
+    compiled = dataclasses.replace(options, batch_size=1, window=1, seed=0, samples=1, stop=())
+    asked = [prompt for prompt in prompts for _ in range(options.samples)]
+    if adapters is not None:
+        adapters = [adapter for adapter in adapters for _ in range(options.samples)]
     results: dict[int, Generated] = {}
-    for indices, rows in batches(model, variables, prompts, options, adapters):
-        own = np.array([numbers[i] if numbers else i for i in indices], np.uint32)
+    left = [options.samples] * len(prompts)
+    for indices, rows in batches(model, variables, asked, options, adapters):
+        prompt, sample = np.divmod(np.array(indices, np.uint32), np.uint32(options.samples))
+        own = np.array([numbers[i] if numbers else i for i in prompt], np.uint32)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(root, own)
-        seen = _seen(model, options, [prompts[i] for i in indices])
+        keys = jax.vmap(jax.random.fold_in)(keys, sample)
+        seen = _seen(model, options, [asked[i] for i in indices])
         drawn, log_probabilities = jax.device_get(
             _decode(model, compiled, variables, rows, keys, seen)
         )
         for row, i in enumerate(indices):
-            answer, ended = until(options.end, drawn[row].tolist())
-            results[i] = Generated(answer, float(log_probabilities[row].sum()), ended)
-        on_done(len(set(indices)))
-    return [results[i] for i in range(len(prompts))]
+            results[i] = answer_of(
+                options, drawn[row].tolist(), log_probabilities[row].tolist(), strings
+            )
+        for i in set(indices):
+            left[i // options.samples] -= 1
+        on_done(sum(left[i] == 0 for i in {i // options.samples for i in indices}))
+    return [results[i] for i in range(len(asked))]
+
+
+def answer_of(
+    options: GenerateOptions,
+    tokens: Sequence[int],
+    log_probabilities: Sequence[float],
+    strings: StopStrings | None,
+) -> Generated:
+    """The answer that drawn tokens are, cut where it ends."""
+    kept, ended = until(options.ends, tokens)
+    text = None if strings is None else strings.decode(kept)
+    stopped = None if strings is None else strings.find(kept, 0, finished=True)
+    if stopped is not None:
+        kept, ended, text = kept[: stopped.kept], True, stopped.text
+    return Generated(kept, tuple(log_probabilities[: len(kept) + ended]), ended, text)
 
 
 def _seen(
@@ -215,7 +279,7 @@ def _seen(
     return jnp.asarray(seen)
 
 
-def until(end: int, tokens: Sequence[int]) -> tuple[tuple[int, ...], bool]:
-    """The tokens before the first `end`, and whether there is one."""
-    ended = end in tokens
-    return tuple(tokens[: tokens.index(end)] if ended else tokens), ended
+def until(ends: Sequence[int], tokens: Sequence[int]) -> tuple[tuple[int, ...], bool]:
+    """The tokens before the first that ends an answer, and whether there is one."""
+    before = tuple(itertools.takewhile(lambda token: token not in ends, tokens))
+    return before, len(before) < len(tokens)

@@ -68,7 +68,7 @@ def ends(tiny, variables, prompts):
 
 def assert_found(results, expected, options):
     for result, (answer, score, _) in zip(results, expected, strict=True):
-        assert (result.tokens, result.ended) == until(options.end, answer)
+        assert (result.tokens, result.ended) == until((options.end,), answer)
         assert result.score == pytest.approx(score, rel=1e-4)
         total = score * len(answer) ** options.length_penalty
         assert result.log_probability == pytest.approx(total, rel=1e-4)
@@ -85,7 +85,7 @@ def test_f37_search_is_the_naive_one(tiny, variables, prompts, naive, ends, pena
         lengths |= {len(result.tokens) for result in results}
         single = [naive(prompt, dataclasses.replace(options, beams=1)) for prompt in prompts]
         greedy += sum(
-            result.tokens == until(end, answer)[0]
+            result.tokens == until((end,), answer)[0]
             for result, (answer, *_) in zip(results, single, strict=True)
         )
     assert len(lengths) > 2 or penalty == 3.0
@@ -115,7 +115,7 @@ def test_as_many_beams_as_tokens_find_the_best_of_all(tiny, variables, prompts, 
         scores[end] = first[end]
         assert result.score == pytest.approx(scores.max(), rel=1e-4)
         best = divmod(int(scores.argmax()), vocabulary)
-        assert result.tokens == until(end, best)[0]
+        assert result.tokens == until((end,), best)[0]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
@@ -197,5 +197,5 @@ def test_search_is_that_of_transformers(tiny, variables, prompts, theirs, ends, 
         results = beam_search(tiny.model, variables, prompts, options)
         for row, result in enumerate(results):
             answer = output.sequences[row, widest:].tolist()
-            assert (result.tokens, result.ended) == until(end, answer)
+            assert (result.tokens, result.ended) == until((end,), answer)
             assert result.score == pytest.approx(float(output.sequences_scores[row]), rel=1e-4)

@@ -7,6 +7,7 @@ import pytest
 
 from ecomjax import trees
 from ecomjax.decoding.generate import GenerateOptions, generate
+from ecomjax.decoding.score import label_log_likelihoods
 from ecomjax.errors import UserError
 from ecomjax.models import registry
 from ecomjax.models.bart import BartConfig
@@ -44,6 +45,7 @@ def assert_naive(results, naive, end):
         cut = answer.index(end) if ended else NEW
         assert result.tokens == tuple(answer[:cut])
         assert result.ended == ended
+        assert result.log_probabilities == pytest.approx(score[: cut + ended], abs=3e-4)
         assert result.log_probability == pytest.approx(sum(score[: cut + ended]), abs=1e-4)
 
 
@@ -85,6 +87,77 @@ def test_draws_depend_on_seed_and_place_alone(tiny, variables, prompts):
     assert tokens(other) != tokens(first)
     same = tokens(draw([prompts[0]] * 8))
     assert len(set(same)) > 1
+
+
+def test_any_of_several_tokens_ends_an_answer(tiny, variables, prompts, naive):
+    answers, scores = naive
+    ends = (answers[0][0], answers[1][2], answers[2][1])
+    options = GenerateOptions(NEW, ends[0], 3, stop_ids=ends[1:])
+    results = generate(tiny.model, variables, prompts, options)
+    for result, answer, score in zip(results, answers, scores, strict=True):
+        cut = min((answer.index(end) for end in ends if end in answer), default=NEW)
+        assert result.tokens == tuple(answer[:cut]) and result.ended == (cut < NEW)
+        assert result.log_probabilities == pytest.approx(score[: cut + 1], abs=1e-4)
+    assert len({len(result.tokens) for result in results}) > 2
+
+
+def digits(ids):
+    """A text of two digits a token."""
+    return "".join(f"{i:02d}" for i in ids)
+
+
+def test_f37_stop_strings_cut_the_text(tiny, variables, prompts, naive):
+    """Inside of a token or between two, in any batch; one that never appears does no harm."""
+    answers, scores = naive
+    texts = [digits(answer) for answer in answers]
+    stops = (texts[0][3:6], texts[1][5:9], "never")
+    options = GenerateOptions(NEW, 61, 3, stop=stops)
+    for batch_size in (1, 3, 8):
+        options = dataclasses.replace(options, batch_size=batch_size)
+        results = generate(tiny.model, variables, prompts, options, decode=digits)
+        for result, answer, text, score in zip(results, answers, texts, scores, strict=True):
+            start = min((text.index(stop) for stop in stops if stop in text), default=2 * NEW)
+            assert result.text == text[:start] and result.ended == (start < 2 * NEW)
+            assert result.tokens == tuple(answer[: start // 2])
+            assert result.log_probabilities == pytest.approx(score[: start // 2 + 1], abs=1e-4)
+    never = dataclasses.replace(options, stop=("never",))
+    results = generate(tiny.model, variables, prompts, never, decode=digits)
+    assert [result.text for result in results] == texts
+
+
+def test_samples_of_a_prompt(tiny, variables, prompts):
+    """Each with draws of its own, which further samples, prompts or batches do not change."""
+    options = GenerateOptions(NEW, 0, 8, temperature=2.0)
+
+    def draw(chosen=prompts, **changes):
+        done = []
+        changed = dataclasses.replace(options, **changes)
+        results = generate(tiny.model, variables, chosen, changed, done.append)
+        assert sum(done) == len(chosen)
+        return [result.tokens for result in results]
+
+    many = draw(samples=3)
+    assert draw() == many[::3]
+    assert draw(prompts[:3], samples=2, batch_size=3) == [
+        answer for i in (0, 3, 6) for answer in many[i : i + 2]
+    ]
+    assert all(len(set(many[i : i + 3])) == 3 for i in range(0, len(many), 3))
+
+
+def test_log_probabilities_are_those_of_scoring_the_answer(tiny, variables, prompts):
+    """However it was drawn: by the model alone, at temperature 1."""
+    end = 3
+    options = GenerateOptions(
+        NEW, end, 3, temperature=1.5, top_k=40, min_p=0.01, repetition_penalty=1.3
+    )
+    results = generate(tiny.model, variables, prompts[:4], options)
+    for prompt, result in zip(prompts, results, strict=False):
+        answer = [*result.tokens, *[end] * result.ended]
+        [[expected]] = label_log_likelihoods(
+            tiny.model, variables, [prompt], [answer], batch_size=1, window=64
+        )
+        assert len(result.log_probabilities) == len(answer)
+        assert result.log_probability == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("penalty", [1.7, 0.5])
@@ -142,6 +215,12 @@ def test_refusals(tiny, variables):
         run([[1]], max_new_tokens=0)
     with pytest.raises(UserError, match="temperature -1"):
         run([[1]], temperature=-1.0)
+    with pytest.raises(UserError, match="samples 0"):
+        run([[1]], samples=0)
+    with pytest.raises(UserError, match=r"stop strings \[''\]: decoding; leave the empty out"):
+        run([[1]], stop=("",))
+    with pytest.raises(UserError, match=r"stop strings \['end'\] but no decoder"):
+        run([[1]], stop=("end",))
 
 
 def test_f37_a_prompt_may_fill_the_window(tiny, variables, prompts, naive, end):
