@@ -54,8 +54,8 @@ class KVCache(flax.struct.PyTreeNode):
 
     The slots of a key head lie side by side, as attention reads them.
 
-    Slots are filled in order for the whole batch at once; shorter rows hold padding
-    slots (segment 0), which no query attends to.
+    Slots are filled for the whole batch at once; shorter rows hold padding slots
+    (segment 0), which no query attends to.
     """
 
     keys: Float[Array, "L B K S H"]
@@ -63,7 +63,8 @@ class KVCache(flax.struct.PyTreeNode):
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
     length: Int[Array, ""]
-    """Number of slots filled."""
+    """The slot that is filled next: in order, the number of those filled. Whoever sets it back
+    fills slots again."""
 
 
 class ParamAxes(flax.struct.PyTreeNode):

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ecomjax import trees
 from ecomjax.decoding import prefix as prefixes
@@ -62,6 +62,22 @@ class Rows(NamedTuple):
     """Which of several adapters each row uses."""
 
 
+def rows_of(prompts: int, batch_size: int) -> int:
+    """Rows of a batch for so many prompts, so that they divide over the mesh in use."""
+    rows = max(min(batch_size, prompts), 1)
+    return rows + -rows % row_parts()
+
+
+def row_axis(x: Array) -> int | None:
+    """The axis of rows in a part of a cache, of a memory or of a state; None of a number.
+
+    Keys and values are stacked over layers.
+    """
+    if x.ndim == 0:
+        return None
+    return 1 if x.ndim == 5 else 0
+
+
 def by_length(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
     """Indices of the prompts of each batch, short prompts first.
 
@@ -69,31 +85,73 @@ def by_length(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[lis
     divide over the mesh in use.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    rows, parts = min(batch_size, len(prompts)), row_parts()
-    rows += -rows % parts
-    for first in range(0, len(order), max(rows, 1)):
+    rows = rows_of(len(prompts), batch_size)
+    for first in range(0, len(order), rows):
         chosen = order[first : first + rows]
         yield chosen + [chosen[-1]] * (rows - len(chosen))
 
 
-def batches(
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Prompts that are ready to be decoded from.
+
+    Attributes:
+        model, variables: see `prepare`.
+        own: tokens of each prompt, those that all open with left out.
+        opening: those tokens.
+        prefix: of those, with a row for each adapter where there are several; None for an
+            encoder-decoder.
+        start: what the answers of an encoder-decoder open with.
+        adapters: which of several each prompt uses.
+    """
+
+    model: nn.Module
+    variables: Any
+    own: Sequence[Sequence[int]]
+    opening: Sequence[int]
+    prefix: KVCache | None
+    start: tuple[int, ...]
+    adapters: Sequence[int] | None
+
+    @property
+    def shared(self) -> KVCache | None:
+        """What all rows follow, if it is the same for all."""
+        return self.prefix if self.adapters is None else None
+
+    def rows(self, indices: Sequence[int], slots: int | None = None) -> Rows:
+        """Rows of these prompts, in so many slots; by default in bucketed ones."""
+        adapter = adapters_of(indices, self.adapters)
+        tokens, lengths = padded([self.own[i] for i in indices], slots)
+        if self.prefix is None:
+            memory = _remember(self.model, self.variables, tokens, lengths, adapter)
+            start = jnp.tile(jnp.array(self.start, jnp.int32), (len(indices), 1))
+            lengths = jnp.full(len(indices), len(self.start), jnp.int32)
+            return Rows(memory, start, lengths, jnp.zeros((), jnp.int32), adapter)
+        before = prefixes.of_rows(self.prefix, adapter)
+        return Rows(before, tokens, lengths, jnp.int32(len(self.opening)), adapter)
+
+
+def prepare(
     model: nn.Module,
     variables: Any,
     prompts: Sequence[Sequence[int]],
     limits: Limits,
     adapters: Sequence[int] | None = None,
-) -> Iterator[tuple[list[int], Rows]]:
-    """Indices of the prompts of each batch, as `by_length` gives them, and their rows.
+) -> Prepared:
+    """The prompts, checked, and what all of them open with, computed.
 
     Tokens that all prompts open with are computed once, for each adapter where there are
     several; those of sources, which see each other, are not.
+
+    Args:
+        model, variables, adapters: see `generate`.
+        prompts: token ids; one at least.
+        limits: what decoding is told.
 
     Raises:
         UserError: an empty prompt, one that leaves no room for an answer, or a start for a
             model that has none; what `count_adapters` refuses.
     """
-    if not prompts:
-        return
     count = count_adapters(variables, len(prompts), adapters)
     if bool(limits.start) != hasattr(model, "remember"):
         raise UserError(
@@ -114,20 +172,31 @@ def batches(
                 "use fewer demonstrations, shorter inputs or a smaller max_new_tokens",
             )
     if limits.start:
-        for indices in by_length(prompts, limits.batch_size):
-            own = adapters_of(indices, adapters)
-            memory = _remember(model, variables, *padded([prompts[i] for i in indices]), own)
-            start = jnp.tile(jnp.array(limits.start, jnp.int32), (len(indices), 1))
-            lengths = jnp.full(len(indices), len(limits.start), jnp.int32)
-            yield indices, Rows(memory, start, lengths, jnp.zeros((), jnp.int32), own)
-        return
+        return Prepared(model, variables, prompts, (), None, limits.start, adapters)
     offset = prefixes.common_prefix(prompts)
-    before = prefixes.fill_prefix(model, variables, prompts[0][:offset], count)
+    opening = prompts[0][:offset]
+    prefix = prefixes.fill_prefix(model, variables, opening, count)
+    own = [prompt[offset:] for prompt in prompts]
+    return Prepared(model, variables, own, opening, prefix, (), adapters)
+
+
+def batches(
+    model: nn.Module,
+    variables: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Limits,
+    adapters: Sequence[int] | None = None,
+) -> Iterator[tuple[list[int], Rows]]:
+    """Indices of the prompts of each batch, as `by_length` gives them, and their rows.
+
+    Raises:
+        UserError: what `prepare` refuses.
+    """
+    if not prompts:
+        return
+    prepared = prepare(model, variables, prompts, limits, adapters)
     for indices in by_length(prompts, limits.batch_size):
-        own = adapters_of(indices, adapters)
-        tokens, lengths = padded([prompts[i][offset:] for i in indices])
-        seen = prefixes.of_rows(before, own)
-        yield indices, Rows(seen, tokens, lengths, jnp.int32(offset), own)
+        yield indices, prepared.rows(indices)
 
 
 def count_adapters(variables: Any, prompts: int, adapters: Sequence[int] | None) -> int | None:
@@ -159,10 +228,12 @@ def adapters_of(indices: Sequence[int], adapters: Sequence[int] | None) -> Int[A
     return None if adapters is None else jnp.asarray([adapters[i] for i in indices], jnp.int32)
 
 
-def padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
-    """Prompts in bucketed slots, and their lengths."""
+def padded(
+    prompts: Sequence[Sequence[int]], slots: int | None = None
+) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    """Prompts in so many slots, or in bucketed ones, and their lengths."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), prefixes.bucketed(int(lengths.max()))), np.int32)
+    tokens = np.zeros((len(prompts), slots or prefixes.bucketed(int(lengths.max()))), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return jnp.asarray(tokens), jnp.asarray(lengths)
@@ -204,15 +275,19 @@ def prefill(
 def follow(
     model: nn.Module,
     variables: Any,
-    rows: Rows,
+    before: KVCache | Memory | None,
+    adapter: Int[Array, "B"] | None,
     last: Int[Array, "B"],
-    drawn: Int[Array, ""],
+    positions: Int[Array, "B"],
+    live: Bool[Array, "B"],
     cache: KVCache,
 ) -> tuple[Float[Array, "B 1 D"], KVCache]:
-    """Hidden states of the tokens drawn last, `drawn` a row so far, and the cache with them."""
+    """Hidden states of the tokens drawn last, at these positions, and the cache with them.
+
+    What a row that is not live puts in the cache is padding. For the rest see `Rows`.
+    """
     bound: Any = model
-    positions = (rows.offset + rows.lengths + drawn - 1)[:, None]
-    segments = jnp.full((last.shape[0], 1), OWN_SEGMENT, jnp.int32)
+    segments = jnp.where(live, OWN_SEGMENT, PADDING_SEGMENT)
     return bound.apply(
-        variables, last[:, None], positions, segments, cache, rows.before, rows.adapter
+        variables, last[:, None], positions[:, None], segments[:, None], cache, before, adapter
     )

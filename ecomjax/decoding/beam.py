@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ecomjax.decoding.batches import Limits, Rows, batches, follow, prefill
+from ecomjax.decoding.batches import Limits, Rows, batches, follow, prefill, row_axis
 from ecomjax.decoding.generate import until
 from ecomjax.errors import UserError
 from ecomjax.sharding import constrain
@@ -140,8 +140,8 @@ def _for_each_beam(held: Any, beams: int) -> Any:
     """A cache, or what sources left, with every row repeated."""
 
     def repeat(x):
-        rows = 1 if x.ndim == 5 else 0  # keys and values are stacked over layers
-        return jnp.repeat(x, beams, axis=rows) if x.ndim else x
+        rows = row_axis(x)
+        return x if rows is None else jnp.repeat(x, beams, axis=rows)
 
     return jax.tree.map(repeat, held)
 
@@ -183,7 +183,11 @@ def _search(
     def body(carry):
         s, cache = carry
         last = jax.lax.dynamic_index_in_dim(s.tokens, s.drawn - 1, axis=2, keepdims=False)
-        hidden, cache = follow(model, variables, rows, last.reshape(-1), s.drawn, cache)
+        positions = rows.offset + rows.lengths + s.drawn - 1
+        hidden, cache = follow(
+            *(model, variables, rows.before, rows.adapter),
+            *(last.reshape(-1), positions, jnp.ones(positions.shape, bool), cache),
+        )
         s, parents = _extend(options, s, log_probabilities(hidden, rows.adapter))
         return s, _reordered(cache, parents, slots)
 

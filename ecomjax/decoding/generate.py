@@ -1,27 +1,28 @@
-"""Batched generation: one prefill, then one `while_loop` until every row has ended."""
+"""Generation: prompts go to rows of a batch, each to the first that is free, see `continuous`."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
 
-from ecomjax.decoding.batches import Limits, Rows, batches, follow, prefill
-from ecomjax.decoding.sampling import Sampling, sample
-from ecomjax.decoding.stopping import StopStrings
+from ecomjax.decoding import continuous
+from ecomjax.decoding import prefix as prefixes
+from ecomjax.decoding.batches import Limits, Prepared, prepare, rows_of
+from ecomjax.decoding.sampling import Sampling
+from ecomjax.decoding.stopping import STRIDE, StopStrings
 from ecomjax.errors import UserError
-from ecomjax.sharding import constrain
-from ecomjax.typing import KVCache
+from ecomjax.sharding import row_parts
+
+REFILLS = 4
+"""Parts that a batch is refilled in."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,111 +53,6 @@ class GenerateOptions(Sampling, Limits):
     def ends(self) -> tuple[int, ...]:
         """All tokens that end an answer."""
         return (self.end, *self.stop_ids)
-
-
-class Decoding(flax.struct.PyTreeNode):
-    """What the loop carries."""
-
-    drawn: Int[Array, ""]
-    """Tokens drawn so far for every row."""
-    last: Int[Array, "B"]
-    """The token drawn last, not yet in the cache."""
-    ended: Bool[Array, "B"]
-    tokens: Int[Array, "B max_new"]
-    """Tokens drawn; what follows a row's end counts for nothing."""
-    log_probabilities: Float[Array, "B max_new"]
-    """Of the tokens at temperature 1, before any penalty."""
-    cache: KVCache
-    seen: Bool[Array, "B V"] | None
-    """Tokens of the prompts and those drawn, where there is a repetition penalty."""
-
-
-def begin(
-    model: nn.Module,
-    options: GenerateOptions,
-    variables: Any,
-    rows: Rows,
-    keys: Any,
-    seen: Bool[Array, "B V"] | None = None,
-) -> Decoding:
-    """The prompts filled in, and the first token drawn."""
-    batch = rows.tokens.shape[0]
-    hidden, cache = prefill(model, variables, rows, options.max_new_tokens)
-    first, log_probability = _draw(model, options, variables, rows, keys, hidden, seen, 0)
-    return Decoding(
-        drawn=jnp.ones((), jnp.int32),
-        last=first,
-        ended=_ends(options, first),
-        tokens=_write(jnp.full((batch, options.max_new_tokens), options.end, jnp.int32), first, 0),
-        log_probabilities=_write(
-            jnp.zeros((batch, options.max_new_tokens), jnp.float32), log_probability, 0
-        ),
-        cache=cache,
-        seen=_with(seen, first),
-    )
-
-
-def step(
-    model: nn.Module, options: GenerateOptions, variables: Any, rows: Rows, keys: Any, s: Decoding
-) -> Decoding:
-    """One more token drawn for every row."""
-    hidden, cache = follow(model, variables, rows, s.last, s.drawn, s.cache)
-    token, log_probability = _draw(model, options, variables, rows, keys, hidden, s.seen, s.drawn)
-    return Decoding(
-        drawn=s.drawn + 1,
-        last=token,
-        ended=s.ended | _ends(options, token),
-        tokens=_write(s.tokens, token, s.drawn),
-        log_probabilities=_write(s.log_probabilities, log_probability, s.drawn),
-        cache=cache,
-        seen=_with(s.seen, token),
-    )
-
-
-def _draw(model, options, variables, rows, keys, hidden, seen, number):
-    """Tokens and their log-probabilities."""
-    logits: Any = model.apply(variables, hidden, rows.adapter, method="logits")
-    row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-    chosen = sample(logits[:, 0], row_keys, options, seen)
-    picked = jnp.take_along_axis(logits[:, 0], chosen[:, None], axis=-1)[:, 0]
-    return chosen, picked - jax.nn.logsumexp(logits[:, 0], axis=-1)
-
-
-def _ends(options, tokens):
-    return jnp.isin(tokens, jnp.asarray(options.ends, jnp.int32))
-
-
-def _with(seen, tokens):
-    """What is seen, where the tokens [B] are too."""
-    if seen is None:
-        return None
-    return seen | jax.nn.one_hot(tokens, seen.shape[1], dtype=bool)
-
-
-def _write(buffer, column, number):
-    return jax.lax.dynamic_update_slice(buffer, column[:, None], (0, number))
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _decode(
-    model: nn.Module,
-    options: GenerateOptions,
-    variables: Any,
-    rows: Rows,
-    keys: Any,
-    seen: Bool[Array, "B V"] | None,
-) -> tuple[Int[Array, "B max_new"], Float[Array, "B max_new"]]:
-    """Tokens drawn for each row, and their log-probabilities."""
-
-    def unfinished(s: Decoding):
-        return (s.drawn < options.max_new_tokens) & ~s.ended.all()
-
-    state = begin(model, options, variables, rows, keys, seen)
-    state = jax.lax.while_loop(
-        unfinished, partial(step, model, options, variables, rows, keys), state
-    )
-    # Every process reads the answers of all.
-    return constrain(state.tokens, (None, None)), constrain(state.log_probabilities, (None, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +91,9 @@ def generate(
 ) -> list[Generated]:
     """Answers to tokenized prompts, in their order; all samples of one before those of the next.
 
-    Prompts are sorted by length into batches; tokens that all of them open with are
-    computed once. Answers do not depend on the batch size, nor on the other prompts.
+    Prompts are taken by length, short ones first, each by the first of `batch_size` rows that
+    is free; tokens that all of them open with are computed once. Answers do not depend on the
+    batch size, nor on the other prompts.
 
     Args:
         model: see `models.likelihood.token_log_likelihood`; also has `new_cache`.
@@ -220,63 +117,121 @@ def generate(
             "decoding",
             "say how tokens are decoded to text",
         )
+    if not prompts:
+        return []
+    prepared = prepare(model, variables, prompts, options, adapters)
     strings = None if decode is None else StopStrings(options.stop, decode)
-    root = jax.random.key(options.seed)
+    results: dict[tuple[int, int], Generated] = {}
+    left = [options.samples] * len(prompts)
+    for (prompt, sample), answer in _answers(prepared, options, strings, numbers):
+        results[prompt, sample] = answer
+        left[prompt] -= 1
+        if not left[prompt]:
+            on_done(1)
+    return [results[asked] for asked in sorted(results)]
+
+
+def _answers(
+    prepared: Prepared,
+    options: GenerateOptions,
+    strings: StopStrings | None,
+    numbers: Sequence[int] | None,
+) -> Iterator[tuple[tuple[int, int], Generated]]:
+    """Numbers of prompt and sample, and the answer, as it is finished."""
+    model, variables = prepared.model, prepared.variables
     # Compiled code depends on none of these; a constant keeps it from being made anew.
     compiled = dataclasses.replace(options, batch_size=1, window=1, seed=0, samples=1, stop=())
-    asked = [prompt for prompt in prompts for _ in range(options.samples)]
-    if adapters is not None:
-        adapters = [adapter for adapter in adapters for _ in range(options.samples)]
-    results: dict[int, Generated] = {}
-    left = [options.samples] * len(prompts)
-    for indices, rows in batches(model, variables, asked, options, adapters):
-        prompt, sample = np.divmod(np.array(indices, np.uint32), np.uint32(options.samples))
-        own = np.array([numbers[i] if numbers else i for i in prompt], np.uint32)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(root, own)
-        keys = jax.vmap(jax.random.fold_in)(keys, sample)
-        seen = _seen(model, options, [asked[i] for i in indices])
-        drawn, log_probabilities = jax.device_get(
-            _decode(model, compiled, variables, rows, keys, seen)
+    asked = itertools.product(range(len(prepared.own)), range(options.samples))
+    pending = sorted(asked, key=lambda one: len(prepared.own[one[0]]))
+    batch, parts = rows_of(len(pending), options.batch_size), row_parts()
+    # So many rows are refilled at a time: more of them would wait longer for each other.
+    together = parts * max(batch // parts // REFILLS, 1)
+    held: list[tuple[int, int] | None] = [None] * batch
+    looked = [0] * batch
+    state, slots = None, 0
+    while pending or any(held):
+        free = [row for row, one in enumerate(held) if one is None]
+        while pending and len(free) >= min(together, len(pending)):
+            chosen, pending = pending[:together], pending[together:]
+            places, free = free[: len(chosen)], free[len(chosen) :]
+            for row, one in zip(places, chosen, strict=True):
+                held[row], looked[row] = one, 0
+            # What is left over repeats the last prompt, and goes nowhere.
+            spare = together - len(chosen)
+            needed = prefixes.size_class(len(prepared.own[chosen[-1][0]]))
+            asked = chosen + [chosen[-1]] * spare
+            prompted = _prompted(prepared, options, asked, needed, numbers)
+            if state is None:
+                state = continuous.idle(model, compiled, prompted, batch)
+            elif needed > slots:
+                state = continuous.grow(state, needed - slots)
+            slots = needed
+            to = jnp.asarray(places + [batch] * spare, jnp.int32)
+            state = continuous.refill(model, compiled, variables, state, prompted, to)
+        assert state is not None, "there is a prompt, and at first every row is free"
+        state, drawn = continuous.run(
+            *(model, compiled, variables, prepared.shared, state),
+            jnp.asarray([one is None for one in held]),
+            jnp.int32(min(together, len(pending)) or batch),
+            jnp.int32(STRIDE if options.stop else options.max_new_tokens),
         )
-        for row, i in enumerate(indices):
-            results[i] = answer_of(
-                options, drawn[row].tolist(), log_probabilities[row].tolist(), strings
-            )
-        for i in set(indices):
-            left[i // options.samples] -= 1
-        on_done(sum(left[i] == 0 for i in {i // options.samples for i in indices}))
-    return [results[i] for i in range(len(asked))]
+        drawn = jax.device_get(drawn)
+        for row, one in enumerate(held):
+            if one is None:
+                continue
+            count, done = int(drawn.count[row]), bool(drawn.done[row])
+            own = drawn.tokens[row, :count].tolist(), drawn.log_probabilities[row, :count].tolist()
+            answer = _read(options, strings, *own, looked[row], done)
+            looked[row] = count // STRIDE * STRIDE
+            if answer is not None:
+                held[row] = None
+                yield one, answer
 
 
-def answer_of(
+def _prompted(
+    prepared: Prepared,
     options: GenerateOptions,
+    asked: Sequence[tuple[int, int]],
+    slots: int,
+    numbers: Sequence[int] | None,
+) -> continuous.Prompted:
+    """Prompts for some rows, by numbers of prompt and sample, in so many slots."""
+    indices, samples = zip(*asked, strict=True)
+    root, fold_in = jax.random.key(options.seed), jax.random.fold_in
+    own = [numbers[i] if numbers else i for i in indices]
+    keys = jax.vmap(fold_in, (None, 0))(root, np.array(own, np.uint32))
+    keys = jax.vmap(fold_in)(keys, np.array(samples, np.uint32))
+    seen = None
+    if options.repetition_penalty != 1.0:
+        bound: Any = prepared.model
+        seen = np.zeros((len(indices), bound.config.vocab_size), bool)
+        for row, i in zip(seen, indices, strict=True):
+            # Answers of an encoder-decoder follow its start tokens, not its sources.
+            row[list(options.start or (*prepared.opening, *prepared.own[i]))] = True
+        seen = jnp.asarray(seen)
+    return continuous.Prompted(prepared.rows(indices, slots), keys, seen)
+
+
+def _read(
+    options: GenerateOptions,
+    strings: StopStrings | None,
     tokens: Sequence[int],
     log_probabilities: Sequence[float],
-    strings: StopStrings | None,
-) -> Generated:
-    """The answer that drawn tokens are, cut where it ends."""
+    looked: int,
+    done: bool,
+) -> Generated | None:
+    """The answer that drawn tokens are, cut where it ends; None if it may go on."""
     kept, ended = until(options.ends, tokens)
-    text = None if strings is None else strings.decode(kept)
-    stopped = None if strings is None else strings.find(kept, 0, finished=True)
+    stopped = None
+    if strings is not None and strings.strings:
+        stopped = strings.find(kept, looked, done)
     if stopped is not None:
         kept, ended, text = kept[: stopped.kept], True, stopped.text
-    return Generated(kept, tuple(log_probabilities[: len(kept) + ended]), ended, text)
-
-
-def _seen(
-    model: nn.Module, options: GenerateOptions, prompts: Sequence[Sequence[int]]
-) -> Bool[Array, "B V"] | None:
-    """Tokens that answers to the prompts follow, where there is a penalty on repeating them.
-
-    Those of an encoder-decoder follow its start tokens, not its sources.
-    """
-    if options.repetition_penalty == 1.0:
+    elif done:
+        text = None if strings is None else strings.decode(kept)
+    else:
         return None
-    bound: Any = model
-    seen = np.zeros((len(prompts), bound.config.vocab_size), bool)
-    for row, prompt in zip(seen, prompts, strict=True):
-        row[list(options.start or prompt)] = True
-    return jnp.asarray(seen)
+    return Generated(kept, tuple(log_probabilities[: len(kept) + ended]), ended, text)
 
 
 def until(ends: Sequence[int], tokens: Sequence[int]) -> tuple[tuple[int, ...], bool]:

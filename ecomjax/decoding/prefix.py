@@ -22,6 +22,17 @@ def bucketed(length: int) -> int:
     return -(-length // BUCKET) * BUCKET
 
 
+def size_class(length: int) -> int:
+    """The smallest of 32, 64, 96, 128, 192, 256, 384, ... slots that hold `length`.
+
+    Few shapes are compiled however prompts differ, and none has half as many slots again as
+    it needs, small ones apart.
+    """
+    buckets = -(-length // BUCKET)
+    grain = 2 ** max(buckets.bit_length() - 2, 0)
+    return -(-buckets // grain) * grain * BUCKET
+
+
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Length of the longest prefix of all prompts that leaves each at least one token."""
     shortest = min(len(p) for p in prompts)

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from ecomjax import sharding, trees
 from ecomjax.adapters import lora
 from ecomjax.adapters.quantize import quantize
-from ecomjax.decoding import generate, prefix, score
+from ecomjax.decoding import continuous, prefix, score
 from ecomjax.decoding.batches import Rows
+from ecomjax.decoding.generate import GenerateOptions
 from ecomjax.experiments.assembly import configured
 from ecomjax.experiments.config import FinetuneConfig, IclConfig
 from ecomjax.experiments.initial import describe_state, make_optimizer, make_rules
@@ -205,7 +206,7 @@ def _scoring(config: IclConfig, base: _Base, prompts: Prompts, labels: int) -> S
 def _decoding(config: IclConfig, base: _Base, prompts: Prompts) -> Step:
     rows, start = _rows_and_prefix(config, base, prompts)
     new = config.task.max_new_tokens
-    options = generate.GenerateOptions(
+    options = GenerateOptions(
         new,
         end=0,
         batch_size=1,
@@ -213,29 +214,15 @@ def _decoding(config: IclConfig, base: _Base, prompts: Prompts) -> Step:
         temperature=config.evaluation.temperature,
         top_p=config.evaluation.top_p,
     )
-    lengths = _shape((rows,), jnp.int32)
-    tokens = _shape((rows, prompts.slots), jnp.int32)
+    tokens, lengths = _shape((rows, prompts.slots), jnp.int32), _shape((rows,), jnp.int32)
     given = Rows(start, tokens, lengths, _shape((), jnp.int32))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    idle = functools.partial(continuous.idle, base.module, options, batch=rows)
+    state = jax.eval_shape(idle, continuous.Prompted(given, keys, None))
+    state = jax.tree.map(lambda x: _placed_rows(x, base.mesh), state)
+    step: Any = jax.jit(continuous.step, static_argnums=(0, 1), donate_argnums=4)
     variables = {"params": base.params}
-    begin = functools.partial(generate.begin, base.module, options)
-    state = jax.eval_shape(begin, variables, given, keys)
-    given = given._replace(
-        tokens=_in_rows(tokens, base.mesh),
-        lengths=_in_rows(lengths, base.mesh),
-        offset=_whole(given.offset, base.mesh),
-    )
-    state = state.replace(
-        **{
-            name: _in_rows(getattr(state, name), base.mesh)
-            for name in ("last", "ended", "tokens", "log_probabilities")
-        },
-        drawn=_whole(state.drawn, base.mesh),
-        cache=_placed_cache(state.cache, base.mesh),
-    )
-    step: Any = jax.jit(generate.step, static_argnums=(0, 1), donate_argnums=5)
-    keys = _whole(keys, base.mesh)
-    traced = _traced(step, base.mesh, base.module, options, variables, given, keys, state)
+    traced = _traced(step, base.mesh, base.module, options, variables, start, state)
     c, held = base.config, prompts.prefix + prompts.slots + new
     useful = useful_flops_of(
         rows, base.products + base.head, attended=held * c.heads * c.head_dim * c.layers
@@ -250,21 +237,19 @@ def _rows_and_prefix(config: IclConfig, base: _Base, prompts: Prompts) -> tuple[
     bound: Any = base.module
     slots = prefix.bucketed(max(1, prompts.prefix))
     start = jax.eval_shape(lambda: bound.new_cache(1, slots))
-    return rows + -rows % parts, _placed_cache(start, base.mesh)
+    placed = jax.tree.map(lambda x: _placed_rows(x, base.mesh), start)
+    return rows + -rows % parts, placed
 
 
-def _placed_cache(cache: KVCache, mesh: Mesh) -> KVCache:
-    """Keys and values split as `models.attention.empty_cache` splits them."""
-    names = ParamAxes(("layers", "batch", "kv_heads", "positions", "head_dim"))
-    specs, _ = sharding.specs({"x": names}, {"x": cache.keys}, mesh)
-    lies = sharding.shardings(specs, mesh)["x"]
-    of_rows = {name: getattr(cache, name) for name in ("positions", "segment_ids")}
-    return cache.replace(
-        keys=_placed(cache.keys, lies),
-        values=_placed(cache.values, lies),
-        length=_whole(cache.length, mesh),
-        **{name: _whole(array, mesh) for name, array in of_rows.items()},
-    )
+def _placed_rows(shape: Any, mesh: Mesh) -> Any:
+    """Of a cache or state, split as `decoding.continuous` splits them."""
+    if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
+        return _in_rows(shape, mesh)
+    names = ("layers", "batch", "kv_heads", "positions", "head_dim")
+    if shape.ndim < len(names):
+        names = ("batch", "positions")[: shape.ndim]
+    specs, _ = sharding.specs({"x": ParamAxes(names)}, {"x": shape}, mesh)
+    return _placed(shape, sharding.shardings(specs, mesh)["x"])
 
 
 def _batch(shape: tuple[int, ...], grouped: bool = False) -> Batch:

@@ -36,16 +36,18 @@ def make_mask(
 ) -> Bool[Array, "B T S"]:
     """Which key slots each query slot sees.
 
-    Those at or before its own slot (the first query stands at slot `first_query` of the
-    keys), of its own segment or of the shared prefix, never padding. A padding query sees
-    itself alone, so that its softmax stays finite.
+    Those of its own segment or of the shared prefix, never padding, and none of the queries
+    behind it (the first stands at slot `first_query` of the keys, and the others follow). All
+    other slots hold what came before, wherever they are. A padding query sees itself alone, so
+    that its softmax stays finite.
     """
     slots = jnp.arange(key_segments.shape[1], dtype=jnp.int32)
     own_slot = first_query + jnp.arange(query_segments.shape[1], dtype=jnp.int32)
-    before = slots[None, None, :] <= own_slot[None, :, None]
+    ahead = slots[None, None, :] > own_slot[None, :, None]
+    ahead &= slots[None, None, :] <= own_slot[-1]
     itself = slots[None, None, :] == own_slot[None, :, None]
     padding = (query_segments == PADDING_SEGMENT)[:, :, None]
-    return (before & related(query_segments, key_segments)) | (itself & padding)
+    return (~ahead & related(query_segments, key_segments)) | (itself & padding)
 
 
 def make_bidirectional_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:

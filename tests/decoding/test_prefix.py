@@ -21,6 +21,13 @@ def test_buckets(length, slots):
     assert prefix.bucketed(length) == slots
 
 
+def test_few_classes_of_size_and_none_half_empty():
+    classes = {prefix.size_class(length) for length in range(1, 2049)}
+    assert sorted(classes)[:8] == [32, 64, 96, 128, 192, 256, 384, 512] and len(classes) == 12
+    for length in range(1, 2049):
+        assert length <= prefix.size_class(length) < max(1.5 * length, length + 32)
+
+
 def test_the_cache_of_a_prefix(tiny, variables):
     """One row of 32 slots: three tokens of the shared segment, the rest padding."""
     cache = prefix.fill_prefix(tiny.model, variables, [5, 6, 7])

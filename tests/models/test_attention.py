@@ -128,7 +128,8 @@ def naive_mask(queries, keys, first):
         if queries[b, t] == 0:
             mask[b, t, s] = s == own
         else:
-            mask[b, t, s] = s <= own and keys[b, s] in (queries[b, t], -1)
+            ahead = own < s < first + queries.shape[1]
+            mask[b, t, s] = not ahead and keys[b, s] in (queries[b, t], -1)
     return mask
 
 
