@@ -124,6 +124,7 @@ def grow(s: Decoding, more: int) -> Decoding:
         if row_axis(x) is None:
             return x
         slots = 3 if x.ndim == 5 else 1
+        # Segment ids of 0 are padding.
         return jnp.pad(x, [(0, more if axis == slots else 0) for axis in range(x.ndim)])
 
     name = "own" if isinstance(s.own, Memory) else "cache"
@@ -153,8 +154,10 @@ def refill(
     first, log_probability = _draw(
         model, options, variables, rows.adapter, prompted.keys, numbers, hidden, prompted.seen
     )
-    unwritten = numbers[:, None] + jnp.zeros((1, new), jnp.int32)
     count = numbers + 1
+
+    def alone(column):
+        return _write(jnp.zeros((column.shape[0], new), column.dtype), column, numbers)
 
     def behind_drawn(x):
         return jnp.pad(x, ((0, 0), (new, 0)), constant_values=PADDING_SEGMENT)
@@ -179,8 +182,8 @@ def refill(
         drawn=Drawn(
             done=_ends(options, first, count),
             count=count,
-            tokens=_write(unwritten, first, numbers),
-            log_probabilities=_write(unwritten.astype(jnp.float32), log_probability, numbers),
+            tokens=alone(first),
+            log_probabilities=alone(log_probability),
         ),
         last=first,
         positions=rows.offset + rows.lengths,
