@@ -1,6 +1,7 @@
 """Measures ecomjax, after showing that it does what it should: beside a peer, or beside limits.
 
 python -m launch.benchmark packing [--data=DIR] [--json]
+python -m launch.benchmark decode icl icl_onepass [--data=DIR] [--json]
 python -m launch.benchmark merge [--json]
 python -m launch.benchmark merge_7b [--methods=linear,concatenation,svd,ties,dare_ties] [--json]
 """
@@ -38,10 +39,10 @@ def parse(argv):
 def main(argv):
     logging.set_verbosity(logging.WARNING)
     with errors_in_one_line():
-        from ecomjax.experiments import benchmark
+        from ecomjax.experiments.benchmarks import registry
 
         methods = {"methods": METHODS.value} if METHODS.value else {}
-        for result in benchmark.run(argv[1:], DATA.value, **methods):
+        for result in registry.run(argv[1:], DATA.value, **methods):
             print(result, flush=True)
             if JSON.value:
                 print(json.dumps(result.to_dict()), flush=True)

@@ -60,7 +60,7 @@ if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-LONG = ("test_hosts", "test_meshes", "test_kill", "test_benchmark", "test_smollm2")
+LONG = ("test_hosts", "test_meshes", "test_kill", "test_packing", "test_smollm2")
 """Modules that take many minutes each."""
 
 

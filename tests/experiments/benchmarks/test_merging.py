@@ -6,21 +6,22 @@ import numpy as np
 import pytest
 
 from ecomjax.errors import UserError
-from ecomjax.experiments import benchmark_merge, merged
+from ecomjax.experiments import merged
+from ecomjax.experiments.benchmarks import merging
 from ecomjax.models.llama import LlamaConfig
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     config = LlamaConfig(50, 128, 2, 4, 2, 32, 160, tied_embeddings=False)
-    for module in (benchmark_merge, merged):
+    for module in (merging, merged):
         monkeypatch.setattr(module, "load_config", lambda *_: config)
-    monkeypatch.setattr(benchmark_merge, "_in_a_process", lambda function, *own: function(*own))
+    monkeypatch.setattr(merging, "_in_a_process", lambda function, *own: function(*own))
 
 
 def test_every_method_is_merged_and_dense_ones_are_checked():
-    results = {result.method: result for result in benchmark_merge.merge_7b()}
-    assert list(results) == list(benchmark_merge.METHODS_7B)
+    results = {result.method: result for result in merging.merge_7b()}
+    assert list(results) == list(merging.METHODS_7B)
     for method, result in results.items():
         exact = method in ("linear", "concatenation")
         assert result.matrices == 14 and result.seconds > 0 and result.gib > 0.05
@@ -39,20 +40,20 @@ def test_the_error_of_the_best_factors():
     s = np.linalg.svd(matrix, compute_uv=False)
     for one in (matrix, matrix.T):
         expected = np.sqrt((s[5:] ** 2).sum() / (s**2).sum())
-        np.testing.assert_allclose(benchmark_merge._best_error(one, 5), expected, rtol=1e-5)
+        np.testing.assert_allclose(merging._best_error(one, 5), expected, rtol=1e-5)
 
 
 def test_a_layer_that_is_another_is_told(monkeypatch, tmp_path):
     adapters = [str(tmp_path / str(number)) for number in range(2)]
-    benchmark_merge._write(adapters)
-    config = benchmark_merge._config("ties", adapters)
-    assert benchmark_merge.check(config)
+    merging._write(adapters)
+    config = merging._config("ties", adapters)
+    assert merging.check(config)
     # At another density the entries that stay are others.
     other = dataclasses.replace(config.options, density=0.2)
     with pytest.raises(UserError, match=r"of the best factors.*ties of layers_0"):
-        benchmark_merge.check(dataclasses.replace(config, options=other))
+        merging.check(dataclasses.replace(config, options=other))
 
 
 def test_unknown_methods_are_told_first():
     with pytest.raises(UserError, match=r"unknown method 'slerp'.*known: linear"):
-        next(benchmark_merge.merge_7b(["linear", "slerp"]))
+        next(merging.merge_7b(["linear", "slerp"]))

@@ -1,11 +1,8 @@
-"""Measurements of ourselves beside a peer that does the same work, and the proof that it is."""
+"""Tokens that packing leaves to compute, beside padding grouped by length."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,8 +18,7 @@ from ecomjax.data.packing import Packing, Plan, make_plan
 from ecomjax.data.pipeline import StepSource
 from ecomjax.errors import UserError
 from ecomjax.experiments.assembly import Base, load_base, load_encoded, make_predictor, say
-from ecomjax.experiments.benchmark_merge import METHODS_7B, MergeResult, merge_7b
-from ecomjax.experiments.benchmark_refactor import refactor_beside_peft
+from ecomjax.experiments.benchmarks.result import Result
 from ecomjax.experiments.sections import DataConfig, EvaluationConfig, ModelConfig, TaskConfig
 from ecomjax.tasks.registry import get_task
 from ecomjax.training.losses import causal_lm
@@ -42,40 +38,6 @@ MEGABATCH = 50
 PARITY_EXAMPLES, PARITY_ROW = 16, 1024
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 5e-5
 PACKINGS: tuple[Packing, ...] = ("shared_prefix", "plain", "pad")
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a benchmark found.
-
-    Attributes:
-        name: of the benchmark.
-        unit: of the numbers.
-        ours, peer: what was measured of each.
-        target: what their ratio ours / peer should at most be.
-        samples: what they were measured over.
-        details: anything else worth knowing.
-    """
-
-    name: str
-    unit: str
-    ours: float
-    peer: float
-    target: float
-    samples: int
-    details: dict[str, Any]
-
-    def __str__(self) -> str:
-        return (
-            f"{self.name}: ours {self.ours:.4g}, peer {self.peer:.4g} {self.unit}; "
-            f"ratio {self.ours / self.peer:.3f}, target at most {self.target}"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """What is printed as JSON."""
-        versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
-        found = dataclasses.asdict(self)
-        return found | {"ratio": self.ours / self.peer, "versions": versions}
 
 
 def packing(data: str) -> Result:
@@ -243,46 +205,3 @@ def _summed_loss(loss: Callable[..., Any]) -> Callable[..., Any]:
         return jax.lax.scan(of_row, zero, batch)[0]
 
     return of_step
-
-
-def refactoring() -> Result:
-    """Seconds to bring the sum of four adapters to a rank, beside PEFT at its fastest."""
-    found = refactor_beside_peft()
-    medians = {name: statistics.median(found[name]) for name in ("ours", "peft", "peft_small")}
-    return Result(
-        name="merge",
-        unit="seconds to re-factor four rank-16 adapters of SmolLM2-135M",
-        ours=medians["ours"],
-        peer=min(medians["peft"], medians["peft_small"]),
-        target=1 / 8,
-        samples=len(found["ours"]),
-        details=found | {"medians": medians},
-    )
-
-
-BENCHMARKS: dict[str, Callable[[str, Sequence[str]], Iterable[Result | MergeResult]]] = {
-    "packing": lambda data, _: [packing(data)],
-    "merge": lambda _, __: [refactoring()],
-    "merge_7b": lambda _, methods: merge_7b(methods),
-}
-
-
-def run(
-    names: Sequence[str], data: str, methods: Sequence[str] = METHODS_7B
-) -> Iterator[Result | MergeResult]:
-    """The results of some benchmarks, as they are found.
-
-    Args:
-        names: keys of `BENCHMARKS`.
-        data: see `packing`.
-        methods: see `merge_7b`.
-
-    Raises:
-        UserError: there is no benchmark of a name, and what the benchmarks raise.
-    """
-    for name in names:
-        if name not in BENCHMARKS:
-            known = ", ".join(BENCHMARKS)
-            raise UserError(f"unknown benchmark '{name}'", "launch.benchmark", f"known: {known}")
-    for name in names:
-        yield from BENCHMARKS[name](data, methods)

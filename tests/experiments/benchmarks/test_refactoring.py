@@ -6,7 +6,7 @@ import pytest
 
 from ecomjax import trees
 from ecomjax.errors import UserError
-from ecomjax.experiments import benchmark, benchmark_refactor
+from ecomjax.experiments.benchmarks import refactoring, registry, result
 from ecomjax.models.llama import LlamaConfig
 
 
@@ -15,12 +15,12 @@ def tiny(monkeypatch):
     pytest.importorskip("torch")
     pytest.importorskip("peft")
     config = LlamaConfig(61, 48, 2, 3, 1, 16, 80, tied_embeddings=True)
-    monkeypatch.setattr(benchmark_refactor, "load_config", lambda _: config)
+    monkeypatch.setattr(refactoring, "load_config", lambda _: config)
 
 
 def test_both_do_the_same_work(capsys):
-    (result,) = benchmark.run(["merge"], "")
-    found = result.to_dict()
+    (found,) = registry.run(["merge"], "")
+    found = found.to_dict()
     assert found["samples"] == 3 and found["details"]["difference"] < 1e-4
     assert all(len(found["details"][kind]) == 3 for kind in ("ours", "peft", "peft_small"))
     assert math.isclose(found["ratio"], found["ours"] / found["peer"])
@@ -29,7 +29,7 @@ def test_both_do_the_same_work(capsys):
 
 
 def test_another_result_is_a_defect(monkeypatch):
-    merge = benchmark_refactor.merge
+    merge = refactoring.merge
 
     def wrong(*arguments):
         merged = merge(*arguments)
@@ -37,14 +37,12 @@ def test_another_result_is_a_defect(monkeypatch):
             adapter=trees.map_leaves(lambda leaf: leaf.replace(a=1.01 * leaf.a), merged.adapter)
         )
 
-    monkeypatch.setattr(benchmark_refactor, "merge", wrong)
+    monkeypatch.setattr(refactoring, "merge", wrong)
     with pytest.raises(UserError, match=r"singular values differ by 1\.0e-02"):
-        benchmark_refactor.refactor_beside_peft()
+        refactoring.refactor_beside_peft()
 
 
 def test_turns_alternate_and_the_first_does_not_count():
     turns = []
-    seconds = benchmark_refactor.alternate(
-        lambda: turns.append("a"), lambda: turns.append("b"), rounds=2
-    )
+    seconds = result.alternate(lambda: turns.append("a"), lambda: turns.append("b"), rounds=2)
     assert turns == ["a", "b"] * 3 and [len(own) for own in seconds] == [2, 2]

@@ -1,0 +1,32 @@
+"""The peer of a benchmark: transformers and torch on the same weights."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ecomjax.errors import UserError
+from ecomjax.experiments.assembly import Base
+from ecomjax.hf.checkpoints import save_pretrained
+
+
+def imported(package: str) -> Any:
+    """A package of the peer; UserError where it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"no package {error.name!r}", "the peer of this benchmark", "run launch/test.sh first"
+        ) from error
+
+
+def load_peer(base: Base) -> Any:
+    """The model of transformers with the weights of a base, in float32 and for inference."""
+    imported("torch")
+    transformers = imported("transformers")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        save_pretrained(folder, base.config, base.params, base.tokenizer)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
