@@ -259,7 +259,7 @@ def test_benchmark_shows_what_it_takes():
     ("arguments", "told"),
     [
         ([], "no benchmark named"),
-        (["speed"], "unknown benchmark 'speed': launch.benchmark; known: packing, decode"),
+        (["speed"], "unknown benchmark 'speed': launch.benchmark; known: packing, train"),
         (["merge_7b", "--methods=linear,tiez"], "unknown method 'tiez': --methods; known: linear"),
         (["packing", "--jsn"], "jsn"),
         (["packing", "--data=no/such"], "no such folder"),

@@ -11,9 +11,13 @@ from ecomjax.experiments.benchmarks.merging import METHODS_7B, MergeResult, merg
 from ecomjax.experiments.benchmarks.packing import packing
 from ecomjax.experiments.benchmarks.refactoring import refactoring
 from ecomjax.experiments.benchmarks.result import Result
+from ecomjax.experiments.benchmarks.training import raw_step, train, train_esci
 
 BENCHMARKS: dict[str, Callable[[str, Sequence[str]], Iterable[Result | MergeResult]]] = {
     "packing": lambda data, _: [packing(data)],
+    "train": lambda data, _: [train(data)],
+    "train_esci": lambda data, _: [train_esci(data)],
+    "raw_step": lambda _, __: [raw_step()],
     "decode": lambda data, _: decode(data),
     "icl": lambda data, _: [icl(data)],
     "icl_onepass": lambda data, _: [icl_onepass(data)],
