@@ -30,5 +30,5 @@ def test_other_scores_are_a_defect(monkeypatch):
     monkeypatch.setattr(
         label_scoring, "label_log_likelihoods", lambda *given, **rows: score(*given, **rows) + 0.01
     )
-    with pytest.raises(UserError, match=r"log-likelihoods differ by 1\.0e-02"):
+    with pytest.raises(UserError, match="log-likelihoods differ by"):
         list(registry.run(["icl"], "synthetic"))
