@@ -66,7 +66,7 @@ def main(run: Callable[[Any, str], Any], experiments: Sequence[str]) -> None:
 
 def together(run: Callable[[], Any]) -> None:
     """Runs what this process and those that its flags name do as one."""
-    from ecomjax.experiments import hosts
+    from ecomjax.experiments import compiled, hosts
 
     hosts.initialize(
         HOSTS.value == "auto",
@@ -76,6 +76,7 @@ def together(run: Callable[[], Any]) -> None:
         JOIN_SECONDS.value,
         HEARTBEAT_SECONDS.value,
     )
+    compiled.keep()
     with (
         hosts.ending_together(),
         errors_in_one_line(),
