@@ -2,6 +2,7 @@
 
 python -m launch.benchmark packing [--data=DIR] [--json]
 python -m launch.benchmark train train_esci raw_step [--data=DIR] [--json]
+python -m launch.benchmark startup [--json]
 python -m launch.benchmark decode icl icl_onepass [--data=DIR] [--json]
 python -m launch.benchmark merge [--json]
 python -m launch.benchmark merge_7b [--methods=linear,concatenation,svd,ties,dare_ties] [--json]

@@ -11,6 +11,7 @@ from ecomjax.experiments.benchmarks.merging import METHODS_7B, MergeResult, merg
 from ecomjax.experiments.benchmarks.packing import packing
 from ecomjax.experiments.benchmarks.refactoring import refactoring
 from ecomjax.experiments.benchmarks.result import Result
+from ecomjax.experiments.benchmarks.startup import startup
 from ecomjax.experiments.benchmarks.training import raw_step, train, train_esci
 
 BENCHMARKS: dict[str, Callable[[str, Sequence[str]], Iterable[Result | MergeResult]]] = {
@@ -18,6 +19,7 @@ BENCHMARKS: dict[str, Callable[[str, Sequence[str]], Iterable[Result | MergeResu
     "train": lambda data, _: [train(data)],
     "train_esci": lambda data, _: [train_esci(data)],
     "raw_step": lambda _, __: [raw_step()],
+    "startup": lambda _, __: startup(),
     "decode": lambda data, _: decode(data),
     "icl": lambda data, _: [icl(data)],
     "icl_onepass": lambda data, _: [icl_onepass(data)],
