@@ -257,13 +257,24 @@ def launched(
 
 @pytest.fixture(scope="module")
 def runs(tiny_base, tmp_path_factory):
-    """The same training and evaluation by one process and by two: folders, and what was told."""
+    """The same training and evaluation by one process and by two: folders, and what was told.
+
+    The evaluation by two is killed once, behind the first predictions that are kept.
+    """
     folder = tmp_path_factory.mktemp("runs")
     told = []
     for processes in (1, 2):
+        run = folder / str(processes)
         for main in ("train", "evaluate"):
-            outputs = finished(launched(main, tiny_base, folder / str(processes), processes))
-            told.append([err for _, err in outputs])
+            more = {"data.test_size": 96, "evaluation.batch_size": 2}
+            given = main, tiny_base, run, processes, more
+            if (processes, main) == (2, "evaluate"):
+                killed = launched(*given)
+                wait_for(run / "eval" / "esci" / "test.partial.jsonl", killed, lines=2)
+                for process in killed:
+                    process.kill()
+                ended(killed)
+            told.append([err for _, err in finished(launched(*given))])
     return folder / "1", folder / "2", told
 
 
@@ -304,17 +315,23 @@ def test_two_processes_train_and_evaluate_like_one(runs):
     assert sum("events" in name for name in files[1]) == 1
     starts = read_json(two / "run.json")["starts"]
     assert [start["processes"] for start in starts] == [2]
+    assert "examples are there already" in told[3][0]
     for main in (2, 3):
         first, second = told[main]
         assert "esci" in first and "esci" not in second and "error" not in first + second
 
 
-def wait_for(path: Path, processes: list[subprocess.Popen[str]]) -> None:
+def wait_for(path: Path, processes: list[subprocess.Popen[str]], lines: int = 0) -> None:
+    """Until there is such a path, or a file of more lines."""
+
+    def there() -> bool:
+        return path.exists() and (not lines or path.read_bytes().count(b"\n") > lines)
+
     deadline = time.monotonic() + 240
-    while not path.exists() and time.monotonic() < deadline:
+    while not there() and time.monotonic() < deadline:
         assert all(process.poll() is None for process in processes), ended(processes)
         time.sleep(0.01)
-    assert path.exists()
+    assert there()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -38,18 +39,44 @@ PEER_BATCHES = (8, 16, 32, 64)
 NEW_TOKENS = 48
 """Of an answer written freely, which the untuned model seldom ends."""
 
+PLAIN_BATCHES, PLAIN_TOKENS = 3, 64
+"""Batches of random prompts, and the tokens of each prompt."""
+
 SAME_ANSWERS = 0.95
 """Least share of answers that have the same tokens: rounding decides where two are as likely."""
 
 Answers = list[tuple[int, ...]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What both sides answer.
+
+    Attributes:
+        name: of the benchmark.
+        prompts: token ids.
+        automata: what each of them may be answered; None: anything.
+        batch: prompts that ours takes at once.
+        peer_batches: the peer is measured with the one of these that it was fastest with.
+        target: of the ratio.
+    """
+
+    name: str
+    prompts: Sequence[Sequence[int]]
+    automata: Sequence[Automaton] | None
+    batch: int
+    peer_batches: Sequence[int]
+    target: float
+
+
 def decode(data: str) -> Iterator[Result]:
-    """Seconds a query: answers that can be read (`decode`), and written freely (`decode_free`).
+    """Seconds a prompt: answers that can be read (`decode`), answers written freely
+    (`decode_free`), and what is left where nothing repeats (`decode_plain_8` and `_1`).
 
     The queries of QueryNER's validation split are tagged by SmolLM2-135M, untuned and greedily.
     In the first both sides choose among the tokens that the form of the answer allows: the peer
-    by a logits processor, token after token; in the second they write what they like.
+    by a logits processor, token after token; in the second they write what they like. In the
+    last prompts are random tokens that have nothing in common.
 
     Args:
         data: folder of real data, or "synthetic".
@@ -64,42 +91,41 @@ def decode(data: str) -> Iterator[Result]:
     predictor = make_predictor(base, task, config, EvaluationConfig(batch_size=BATCH))
     examples = choose(load_examples(task, source, "validation"), QUERIES, 0)
     prompts = [fitted.prompt for fitted in predictor.fitted(examples)]
-    yield beside_peer(base, prompts, predictor.automata(examples))
-    yield beside_peer(base, prompts, None)
+    automata = predictor.automata(examples)
+    yield beside_peer(base, Work("decode", prompts, automata, BATCH, PEER_BATCHES, 1 / 4))
+    yield beside_peer(base, Work("decode_free", prompts, None, BATCH, PEER_BATCHES, 1.0))
+    rng = np.random.default_rng(0)
+    for batch, target in ((8, 1 / 1.3), (1, 1 / 1.6)):
+        shape = PLAIN_BATCHES * batch, PLAIN_TOKENS
+        drawn = rng.integers(0, base.config.vocab_size, shape).tolist()
+        yield beside_peer(base, Work(f"decode_plain_{batch}", drawn, None, batch, [batch], target))
 
 
-def beside_peer(
-    base: Base, prompts: Sequence[Sequence[int]], automata: Sequence[Automaton] | None
-) -> Result:
-    """Both sides on the same prompts.
-
-    Args:
-        base: the model.
-        prompts: token ids.
-        automata: what each of them may be answered; None: anything.
-    """
+def beside_peer(base: Base, work: Work) -> Result:
+    """Both sides on the same prompts."""
     variables, window = {"params": base.params}, base.config.max_positions
     model, end = load_peer(base), base.tokenizer.eos_id
 
     def run_ours() -> Answers:
-        if automata is None:
-            options = GenerateOptions(NEW_TOKENS, end, BATCH, window)
-            found = generate(base.module, variables, prompts, options)
+        if work.automata is None:
+            options = GenerateOptions(NEW_TOKENS, end, work.batch, window)
+            found = generate(base.module, variables, work.prompts, options)
         else:
-            rows = {"batch_size": BATCH, "window": window}
-            found = generate_constrained(base.module, variables, prompts, automata, **rows)
+            rows = {"batch_size": work.batch, "window": window}
+            asked = work.prompts, work.automata
+            found = generate_constrained(base.module, variables, *asked, **rows)
         return [answer.tokens for answer in found]
 
     def run_peer(batch: int) -> Answers:
-        return _generate(model, prompts, automata, end, batch)
+        return _generate(model, work.prompts, work.automata, end, batch)
 
-    name = "decode_free" if automata is None else "decode"
+    name, count = work.name, len(work.prompts)
     answers = run_ours()
     tried: dict[int, float] = {}
-    for batch in PEER_BATCHES:
+    for batch in work.peer_batches:
         found, tried[batch] = timed(partial(run_peer, batch))
         same = np.mean([one == other for one, other in zip(answers, found, strict=True)])
-        say(f"{name}: {same:.3f} of {len(prompts)} answers are the same, peer's batch of {batch}")
+        say(f"{name}: {same:.3f} of {count} answers are the same, peer's batch of {batch}")
         # Said so, NaN is a difference.
         if not same >= SAME_ANSWERS:
             raise UserError(
@@ -107,20 +133,19 @@ def beside_peer(
             )
     best = min(tried, key=lambda batch: tried[batch])
     ours, peer = alternate(run_ours, partial(run_peer, best))
-    count = len(prompts)
     return Result(
         name=name,
-        unit="seconds a query",
+        unit="seconds a prompt",
         ours=statistics.median(ours) / count,
         peer=statistics.median(peer) / count,
-        target=0.25,
+        target=work.target,
         samples=count,
         details={
             "seconds": {"ours": ours, "peer": peer},
             "peer_batch": best,
             "peer_seconds_by_batch": tried,
             "answer_tokens": float(np.mean([len(answer) for answer in answers])),
-            "prompt_tokens": float(np.mean([len(prompt) for prompt in prompts])),
+            "prompt_tokens": float(np.mean([len(prompt) for prompt in work.prompts])),
         },
     )
 

@@ -1,6 +1,7 @@
 """The comparisons with transformers on a model so small that their seconds mean nothing."""
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -13,12 +14,14 @@ def tiny(make_config, monkeypatch):
     pytest.importorskip("torch")
     model = make_config("finetune").model
     monkeypatch.setattr(decoding, "ModelConfig", lambda: model)
-    for name, value in {"QUERIES": 6, "BATCH": 4, "PEER_BATCHES": (2, 3), "NEW_TOKENS": 5}.items():
+    small = {"QUERIES": 6, "BATCH": 4, "PEER_BATCHES": (2, 3), "NEW_TOKENS": 5}
+    for name, value in small.items():
         monkeypatch.setattr(decoding, name, value)
 
 
 def test_both_give_the_same_answers(capsys):
-    results = {result.name: result for result in registry.run(["decode"], "synthetic")}
+    found = itertools.islice(registry.run(["decode"], "synthetic"), 2)
+    results = {result.name: result for result in found}
     assert list(results) == ["decode", "decode_free"]
     for result in results.values():
         told = result.to_dict()
