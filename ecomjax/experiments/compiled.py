@@ -21,13 +21,10 @@ def keep() -> None:
 
     JAX finds a program by all that it depends on. Those for CPUs also use whatever instructions
     the machine has, so that machines that share a home keep theirs apart. Where the environment
-    names another folder (`JAX_COMPILATION_CACHE_DIR`) that one is used. Several processes with
-    CPUs keep nothing: their programs name the processes that they were compiled for.
+    names another folder (`JAX_COMPILATION_CACHE_DIR`) that one is used.
     """
     config: Any = jax.config
     if config.jax_compilation_cache_dir is not None:
-        return
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
         return
     jax.config.update("jax_compilation_cache_dir", str(Cache().folder / "compiled" / _processor()))
     # With a bound comes a lock, so that several commands may write at once.
