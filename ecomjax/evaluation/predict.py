@@ -143,6 +143,14 @@ class Predictor:
         """Token ids of the prompt, which end where the answer starts."""
         return self._tokens(self.task.prompt(example, demonstrations))
 
+    def texts(self, example: Example, demonstrations: Demonstrations = ()) -> list[str]:
+        """All that the model is asked and what answers are offered, as texts.
+
+        They are as they were before anything is cut, see `fitted`.
+        """
+        labels = self.task.labels or () if self.by_likelihood else ()
+        return [self._text(self.task.prompt(example, demonstrations)), *labels]
+
     def answer(self, text: str) -> tuple[int, ...]:
         """Token ids of an answer and the token that ends it."""
         return (*self.tokenizer.encode(text), self.tokenizer.eos_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ from ecomjax.experiments.assembly import (
 )
 from ecomjax.experiments.config import FinetuneConfig, IclConfig, ScoreConfig, to_dict
 from ecomjax.experiments.files import jsonable, read_json, read_jsonl, write_json, write_jsonl
-from ecomjax.experiments.given import find_adapter, read_given
+from ecomjax.experiments.given import find_adapter, read_given, sha256_of_adapter
 from ecomjax.experiments.partial import Partial
 from ecomjax.experiments.sections import EvaluationConfig, TaskConfig
 from ecomjax.experiments.workdir import Workdir
@@ -69,6 +70,8 @@ def run(config: FinetuneConfig | IclConfig | ScoreConfig, workdir: str) -> None:
 def _adapter(config: FinetuneConfig, folder: Workdir) -> None:
     base = load_base(config.model, config.mesh)
     adapter = read_adapter(folder.adapter, base.config, base.identity)
+    of = {"adapter": sha256_of_adapter(folder.adapter)}
+    hosts.check_same("adapter", of)
     split = config.evaluation.split
     variables = _adapted(base, adapter)
     for label, task in make_tasks(config.tasks).items():
@@ -78,7 +81,8 @@ def _adapter(config: FinetuneConfig, folder: Workdir) -> None:
         train, _ = load_encoded(label, predictor, asked.config, config.data, "train")
         keys = [key_of(task.user(example)) for example in examples]
         facts = {"inputs_also_in_train": check_overlap(config.data, label, split, keys, train.keys)}
-        _scored(asked, config.evaluation, base, variables, examples, (), folder, split, facts)
+        where = folder, split
+        _scored(asked, config.evaluation, base, variables, examples, (), *where, facts, of)
 
 
 def _adapted(base: Base, adapter: Adapter) -> dict[str, Any]:
@@ -106,6 +110,7 @@ def _systems(config: ScoreConfig, folder: Workdir) -> None:
     if not names:
         raise UserError("nothing to score", "config.adapters", "name one, or set config.base=True")
     sources = {one.name: {"path": one.folder, "sha256": one.sha256} for one in given}
+    hosts.check_same("adapter", [one.sha256 for one in given])
     folder.record_start(base=base.identity, adapters=sources)
     split = config.evaluation.split
     examples = {
@@ -218,8 +223,10 @@ def _scored(
     """
     label, task = asked.label, asked.task
     path, kept = folder.scores(label, name), folder.predictions(label, name)
+    predictor = make_predictor(base, task, asked.config, settings)
     wanted = to_dict(settings) | to_dict(asked.config) | {"split": name}
-    wanted |= {"base": base.identity.sha256, "demonstrations": _digest(task, demonstrations)}
+    wanted |= {"base": base.identity.sha256}
+    wanted |= {"prompts": _digest(predictor, examples, demonstrations)}
     wanted |= depends or {}
     del wanted["batch_size"]  # no score depends on it
 
@@ -227,14 +234,15 @@ def _scored(
         if not path.exists():
             return None
         result = read_json(path)
+        check_predictions(result, kept)
+        _check_examples(examples, kept)
         if result["evaluation"] != wanted:
             raise UserError(
-                "scored before with other settings of evaluation, base, adapter or demonstrations",
+                "scored before with other settings of evaluation, base, adapter, prompts or "
+                "demonstrations",
                 str(path),
                 "use the old ones, or delete the file and its predictions to score again",
             )
-        check_predictions(result, kept)
-        _check_examples(examples, kept)
         return result
 
     told = [(e.id, key_of(json.dumps(jsonable([e.inputs, e.target])))) for e in examples]
@@ -265,7 +273,7 @@ def _scored(
     result = hosts.on_main(read)
     if result is None:
         hosts.check_same("examples", [example.id for example in examples])
-        predictor = make_predictor(base, task, asked.config, settings)
+        hosts.check_same("prompts", wanted["prompts"])
         with sharding.use(base.mesh):
             _predict(predictor, variables, examples, demonstrations, partial, f"{label} {name}")
         result = hosts.on_main(write)
@@ -299,10 +307,14 @@ def _predict(
             hosts.on_main(lambda records=records: partial.add(records))
 
 
-def _digest(task: Task, demonstrations: Sequence[Demonstrations]) -> str:
-    """Changes with the id or the text of any demonstration of any example."""
-    told = [[[e.id, task.user(e), task.answer(e)] for e in shown] for shown in demonstrations]
-    return f"{key_of(json.dumps(told)):016x}"
+def _digest(
+    predictor: Predictor, examples: Sequence[Example], demonstrations: Sequence[Demonstrations]
+) -> str:
+    """Changes with all that any example is asked: code of prompts, data and demonstrations."""
+    digest = hashlib.sha256()
+    for example, shown in zip(examples, demonstrations or [()] * len(examples), strict=True):
+        digest.update(json.dumps([example.id, *predictor.texts(example, shown)]).encode())
+    return digest.hexdigest()
 
 
 def check_predictions(result: Mapping[str, Any], predictions: Path) -> None:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 from unittest import mock
 
 import pytest
@@ -12,6 +13,8 @@ from ecomjax.evaluation.run import predictions_of_records, score
 from ecomjax.experiments import evaluate, finetune
 from ecomjax.experiments.assembly import load_examples
 from ecomjax.experiments.files import read_json, read_jsonl
+from ecomjax.experiments.given import sha256_of_adapter
+from ecomjax.tasks import prompts
 from ecomjax.tasks.base import Invalid
 from ecomjax.tasks.registry import get_task
 
@@ -102,6 +105,82 @@ def test_other_settings_do_not_pass_for_the_scores_on_disk(make_config, adapted,
     with pytest.raises(UserError, match=r"other settings of evaluation.*test\.metrics\.json"):
         evaluate.run(other, str(adapted))
     assert contents(adapted) == before
+
+
+def test_another_adapter_of_the_run_does_not_pass_for_the_one_scored(
+    config, adapted, make_adapter, tmp_path
+):
+    run = shutil.copytree(adapted, tmp_path / "run")
+    evaluate.run(config, str(run))
+    shutil.copytree(make_adapter(3), run / "adapter", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"other settings of .*adapter.*test\.metrics\.json"):
+        evaluate.run(config, str(run))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setattr(type(TASK), "system", "Judge."),
+        lambda patch: patch.setattr(prompts, "ALPACA", prompts.ALPACA.replace("Below", "Here")),
+        lambda patch: patch.setattr(type(TASK), "user", lambda self, e: e.inputs["query"]),
+    ],
+    ids=["system text", "wrapper", "what is shown"],
+)
+def test_scores_of_other_prompts_do_not_pass_for_those_asked(
+    make_config, asked, tmp_path, monkeypatch, change
+):
+    asked(lambda example, shown: example.target)
+    icl = make_config("icl", changes={"fewshot.shots": (0,), "task.prompt": "alpaca"})
+    evaluate.run(icl, str(tmp_path))
+    change(monkeypatch)
+    with pytest.raises(UserError, match=r"other settings of .*prompts or.*validation-0-shot"):
+        evaluate.run(icl, str(tmp_path))
+
+
+def test_demonstrations_are_told_apart_by_all_that_is_shown_of_them(make_config, asked, tmp_path):
+    """Such as their instruction, which is neither their input nor their answer."""
+    place = tmp_path / "data" / "instruction"
+    place.mkdir(parents=True)
+
+    def write(split, instruction):
+        rows = [
+            {"example_id": f"{split}{i}", "instruction": instruction, "output": "yes"}
+            | {"input": f"{split} {i}"}
+            for i in range(3)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (place / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+
+    for split in ("train", "validation", "test"):
+        write(split, "Answer it")
+    local = {"data.source": "local", "data.path": str(tmp_path / "data"), "fewshot.shots": (1,)}
+    config = make_config("icl", "instruction", local)
+    asked(lambda example, shown: example.target[0])
+    evaluate.run(config, str(tmp_path / "run"))
+    write("train", "Answer")
+    with pytest.raises(UserError, match=r"or demonstrations: .*validation-1-shot"):
+        evaluate.run(config, str(tmp_path / "run"))
+
+
+def test_hosts_compare_their_adapters_and_prompts(
+    config, adapted, make_config, make_adapter, asked, tmp_path, monkeypatch
+):
+    compared = []
+    monkeypatch.setattr(evaluate.hosts, "check_same", lambda *given: compared.append(given))
+    asked(lambda example, shown: example.target)
+    run = shutil.copytree(adapted, tmp_path / "run")
+    shutil.rmtree(run / "eval")
+    evaluate.run(config, str(run))
+    adapter = sha256_of_adapter(run / "adapter")
+    wanted = read_json(run / "eval" / "esci" / "test.metrics.json")["evaluation"]
+    assert wanted["adapter"] == adapter
+    assert {"adapter", "examples", "prompts"} == dict(compared).keys()
+    assert dict(compared)["adapter"] == {"adapter": adapter}
+    assert dict(compared)["prompts"] == wanted["prompts"]
+    compared.clear()
+    other = make_adapter(3)
+    evaluate.run(make_config("score", changes={"adapters": (str(other),)}), str(tmp_path / "two"))
+    assert dict(compared)["adapter"] == [sha256_of_adapter(other)]
 
 
 def test_predictions_of_another_run_do_not_pass_for_those_that_were_scored(
