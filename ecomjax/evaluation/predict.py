@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
-import numpy as np
-from jaxtyping import Float
 
 from ecomjax.data.encoded import Encoded, key_of
 from ecomjax.data.forms import Form
@@ -17,9 +15,8 @@ from ecomjax.decoding.automaton import Automaton, from_form
 from ecomjax.decoding.constrain import generate_constrained
 from ecomjax.decoding.generate import GenerateOptions, generate
 from ecomjax.decoding.prefix import common_prefix
-from ecomjax.decoding.score import label_log_likelihoods
 from ecomjax.errors import UserError
-from ecomjax.metrics import calibration
+from ecomjax.evaluation.labels import CONTENT_FREE, LabelScore, label_scores
 from ecomjax.tasks.base import Example, Prompt, Task
 from ecomjax.tasks.prompts import render
 
@@ -27,10 +24,6 @@ Demonstrations = Sequence[Example]
 """Shown before a question, in this order."""
 
 Method = Literal["auto", "likelihood", "generate", "constrained"]
-LabelScore = Literal["sum", "mean", "calibrated"]
-
-CONTENT_FREE = ("N/A", "[MASK]", "")
-"""Inputs that say nothing, whose answers show which labels a prompt favours by itself."""
 
 ENCODED_AT_ONCE = 1024
 """Examples whose texts are tokenized together: a batch of them goes over all cores."""
@@ -84,6 +77,8 @@ class Fitted(NamedTuple):
     """Tokens of the input."""
     dropped: int
     """Demonstrations."""
+    content_free: tuple[tuple[int, ...], ...] = ()
+    """What calibration asks besides, which leaves room for an answer too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +144,9 @@ class Predictor:
         They are as they were before anything is cut, see `fitted`.
         """
         labels = self.task.labels or () if self.by_likelihood else ()
-        return [self._text(self.task.prompt(example, demonstrations)), *labels]
+        asked = [self.task.prompt(example, demonstrations)]
+        asked += self._content_free(example, demonstrations)
+        return [*map(self._text, asked), *labels]
 
     def answer(self, text: str) -> tuple[int, ...]:
         """Token ids of an answer and the token that ends it."""
@@ -166,6 +163,12 @@ class Predictor:
             for example, prompt, answer in zip(chunk, prompts, answers, strict=True):
                 tokens = (*prompt, *answer, self.tokenizer.eos_id)
                 yield Encoded(example.id, tokens, len(prompt), key_of(self.task.user(example)))
+
+    def _content_free(self, example: Example, shown: Demonstrations) -> list[Prompt]:
+        """What has to be asked besides the example, so that its scores can be calibrated."""
+        if self.label_score != "calibrated" or not self.by_likelihood:
+            return []
+        return [self.task.content_free(example, text, shown) for text in CONTENT_FREE]
 
     def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(self._text(prompt)))
@@ -209,6 +212,7 @@ class Predictor:
         """Prompts that leave room for an answer.
 
         What stands before an example's own input is never cut, nor is a prompt's last token.
+        Content-free prompts show the same demonstrations as the example's own, and are not cut.
 
         Args:
             examples: what is asked.
@@ -237,25 +241,38 @@ class Predictor:
         return [self._fit(*each) for each in zip(examples, shown, answers, strict=True)]
 
     def _fit(self, example: Example, shown: Demonstrations, answer: int) -> Fitted:
-        room, dropped = self.window - answer, 0
-        prompt = self.prompt(example, shown)
-        while len(prompt) > room and self.too_long == "truncate" and dropped < len(shown):
-            dropped += 1
-            prompt = self.prompt(example, shown[dropped:])
-        lost = max(len(prompt) - room, 0)
-        if not lost:
-            return Fitted(prompt, lost, dropped)
+        room = self.window - answer
+        for dropped in range(len(shown) + 1 if self.too_long == "truncate" else 1):
+            prompt, *content_free = self._asked(example, shown[dropped:])
+            longest = max(map(len, (prompt, *content_free)))
+            if longest <= room:
+                return Fitted(prompt, 0, dropped, tuple(content_free))
+        if self.too_long == "truncate" and all(len(each) <= room for each in content_free):
+            head, lost = self._head(example, prompt), len(prompt) - room
+            if head + lost < len(prompt):
+                cut = prompt[:head] + prompt[head + lost :]
+                return Fitted(cut, lost, dropped, tuple(content_free))
+        raise UserError(
+            f"prompt of {longest} tokens leaves no room for an answer of {answer} in the window "
+            f"of {self.window}",
+            f"{self.task.name}, example {example.id}",
+            "use fewer demonstrations or shorter inputs, or set "
+            "config.evaluation.too_long=truncate",
+        )
+
+    def _asked(self, example: Example, shown: Demonstrations) -> list[tuple[int, ...]]:
+        """The example's prompt, and what calibration asks besides."""
+        return [self.prompt(example, shown), *map(self._tokens, self._content_free(example, shown))]
+
+    def _head(self, example: Example, prompt: tuple[int, ...]) -> int:
+        """How many tokens of a prompt without demonstrations stand before the input.
+
+        No text goes on as two others do that differ in their first token. Of an empty one, what
+        stands around it could be read as one token.
+        """
         question = self.task.prompt(example)
-        head = common_prefix([prompt, self._tokens(dataclasses.replace(question, user=""))])
-        if self.too_long == "raise" or lost >= len(prompt) - head:
-            raise UserError(
-                f"prompt of {len(prompt)} tokens leaves no room for an answer of {answer} in "
-                f"the window of {self.window}",
-                f"{self.task.name}, example {example.id}",
-                "use fewer demonstrations or shorter inputs, or set "
-                "config.evaluation.too_long=truncate",
-            )
-        return Fitted(prompt[:head] + prompt[head + lost :], lost, dropped)
+        others = (self._tokens(dataclasses.replace(question, user=text)) for text in ("a", "0"))
+        return common_prefix([prompt, *others])
 
     def predict(
         self,
@@ -283,10 +300,19 @@ class Predictor:
         fitted = self.fitted(examples, demonstrations)
         prompts = [each.prompt for each in fitted]
         if self.by_likelihood:
-            table = self._score_labels(
-                variables, examples, demonstrations, fitted, on_done, adapters
-            )
             labels = self.task.labels or ()
+            table = label_scores(
+                self.label_score,
+                self.model,
+                variables,
+                prompts,
+                [each.content_free for each in fitted],
+                [self.answer(label) for label in labels],
+                batch_size=self.batch_size,
+                window=self.window,
+                on_done=on_done,
+                adapters=adapters,
+            )
             return [
                 Prediction(
                     labels[int(row.argmax())],
@@ -344,51 +370,3 @@ class Predictor:
             Prediction(self.task.parse(text, example), text, {}, each.lost, each.dropped)
             for text, example, each in zip(texts, examples, fitted, strict=True)
         ]
-
-    def _score_labels(
-        self,
-        variables: Any,
-        examples: Sequence[Example],
-        demonstrations: Sequence[Demonstrations],
-        fitted: Sequence[Fitted],
-        on_done: Callable[[int], None],
-        adapters: Sequence[int] | None,
-    ) -> Float[np.ndarray, "n labels"]:
-        """The score of each label of the task for each example, see `label_score`."""
-        labels = [self.answer(label) for label in self.task.labels or ()]
-
-        def log_likelihoods(prompts, on_done, adapters):
-            return label_log_likelihoods(
-                self.model,
-                variables,
-                prompts,
-                labels,
-                batch_size=self.batch_size,
-                window=self.window,
-                on_done=on_done,
-                adapters=adapters,
-            )
-
-        table = log_likelihoods([each.prompt for each in fitted], on_done, adapters)
-        if self.label_score == "mean":
-            return table / np.array([len(label) for label in labels], np.float32)
-        if self.label_score == "sum":
-            return table
-        shown = demonstrations or [()] * len(examples)
-        used = adapters or [None] * len(examples)
-        # What examples with the same demonstrations would be asked without any content is one.
-        asked: dict[tuple[Any, ...], int] = {}
-        places = []
-        for example, each, given, adapter in zip(examples, fitted, shown, used, strict=True):
-            question = self.task.prompt(example, given[each.dropped :])
-            for text in CONTENT_FREE:
-                prompt = self._tokens(dataclasses.replace(question, user=text))
-                places.append(asked.setdefault((prompt, adapter), len(asked)))
-        prior = log_likelihoods(
-            [prompt for prompt, _ in asked],
-            lambda count: None,
-            None if adapters is None else [adapter for _, adapter in asked],
-        )
-        return calibration.contextual(
-            table, prior[places].reshape(len(examples), len(CONTENT_FREE), len(labels))
-        )

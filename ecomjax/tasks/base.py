@@ -201,6 +201,23 @@ class Task(ABC):
         turns = tuple((self.user(shown), self.answer(shown)) for shown in demonstrations)
         return Prompt(self.system, turns, self.user(example))
 
+    def content_free(
+        self, example: Example, text: str, demonstrations: Sequence[Example] = ()
+    ) -> Prompt:
+        """`prompt` with `text` in place of each text of the example's own inputs.
+
+        What frames them stays. Texts that say nothing show which answers a prompt favours by
+        itself (Zhao et al. 2021, arXiv 2102.09690).
+
+        Raises:
+            UserError: the example has nothing but its instruction.
+        """
+        inputs = {
+            name: text if isinstance(value, str) else value
+            for name, value in example.inputs.items()
+        }
+        return self.prompt(replace(example, inputs=inputs), demonstrations)
+
     def read(
         self,
         rows: Rows,

@@ -6,6 +6,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,18 @@ class Instruction(Task):
             for shown in demonstrations
         )
         return Prompt(instruction if given else self.system, turns, self.user(example))
+
+    def content_free(
+        self, example: Example, text: str, demonstrations: Sequence[Example] = ()
+    ) -> Prompt:
+        """The instruction stays; where it is all that there is, nothing could take its place."""
+        if not example.inputs["input"]:
+            raise UserError(
+                "an instruction without input cannot be asked without its content",
+                f"{self.name}, example {example.id}",
+                "set label_score=sum or mean, or leave out the rows whose input is blank",
+            )
+        return replace(self.prompt(example, demonstrations), user=text)
 
     def answer(self, example: Example) -> str:
         return self._answers.text(example.target)

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import zlib
 
 import jax
@@ -12,8 +13,10 @@ from ecomjax.adapters.rules import LoraRule
 from ecomjax.data.sources import Row, SyntheticSource
 from ecomjax.data.store import Sizes
 from ecomjax.errors import UserError
-from ecomjax.evaluation.predict import CONTENT_FREE, Predictor
+from ecomjax.evaluation.labels import CONTENT_FREE
+from ecomjax.evaluation.predict import Predictor
 from ecomjax.metrics.calibration import probabilities
+from ecomjax.tasks import prompts
 from ecomjax.tasks.base import Example, Invalid
 from ecomjax.tasks.esci import LABELS, Esci
 from ecomjax.tasks.instruction import Instruction
@@ -191,6 +194,73 @@ def test_other_scores_of_labels_by_hand(make, variables):
     assert (found.argsort(-1) != sums.argsort(-1)).any()
 
 
+def test_calibration_asks_within_the_frame_of_the_question(make):
+    """The names of what is shown stay, and so does a row's own instruction."""
+    esci = Example("1", {"query": "red shoe", "product_brand": "Acme"}, "Exact")
+    task = Instruction(score="label", labels=("yes", "no"))
+    rows = [{"instruction": "Is it red?", "input": text, "output": "yes"} for text in ("a b", "")]
+    given, blank = (task.example(Row(row, "here")) for row in rows)
+    for asked, example, head, body in (
+        (Esci(), esci, f"<system> {Esci.system} <user>", "Query: {} Brand: {}"),
+        (task, given, "<system> Is it red? <user>", "{}"),
+    ):
+        (fitted,) = make(asked, label_score="calibrated").fitted([example])
+        assert len(fitted.content_free) == 3
+        for text, prompt in zip(CONTENT_FREE, fitted.content_free, strict=True):
+            expected = f"{head} {body.replace('{}', text)} <assistant>"
+            assert prompt == tuple(Words().encode(expected))
+    with pytest.raises(UserError, match=r"without input.*label_score=sum"):
+        make(task, label_score="calibrated").fitted([blank])
+    assert not make(task).fitted([blank])[0].content_free
+
+
+def test_content_free_prompts_leave_room_too(make, variables):
+    """Demonstrations are left out for them; they are told to be too long before any decoding."""
+    task, example = Plain(), Example("1", {"query": "x"}, "a")
+    shown = [[Example(word, {"query": word}, "a") for word in ("y", "z")]]
+
+    class Long(Words):
+        def encode(self, text):
+            return super().encode(text.replace("[MASK]", "one two three"))
+
+    given = {"tokenizer": Long(), "label_score": "calibrated"}
+    size = len(make(task).prompt(example, shown[0]))
+    whole, cut = (
+        make(task, window=size + 3, too_long=policy, **given) for policy in ("raise", "truncate")
+    )
+    with pytest.raises(UserError, match=rf"prompt of {size + 2} tokens leaves no room.*example 1"):
+        whole.fitted([example], shown)
+    (fitted,) = cut.fitted([example], shown)
+    assert (fitted.lost, fitted.dropped) == (0, 1)
+    assert all(len(prompt) <= size for prompt in fitted.content_free)
+    assert fitted.content_free == make(task, **given).fitted([example], [shown[0][1:]])[0][3]
+    (found,) = cut.predict(variables, [example], shown)
+    assert found.dropped == 1
+    tight = make(task, window=len(make(task).prompt(example)) + 3, too_long="truncate", **given)
+    with pytest.raises(UserError, match="leaves no room"):
+        tight.fitted([example], shown)
+
+
+class Breaks(Words):
+    """Line breaks that follow each other are one token."""
+
+    def encode(self, text):
+        pieces = re.findall(r"\n+|\S+", text)
+        return [zlib.crc32(piece.encode()) % 58 + 3 for piece in pieces]
+
+
+def test_line_breaks_before_an_input_that_is_cut_stay(make):
+    """In the wrapper of Alpaca an empty input would join them with those behind it."""
+    task, example = Plain(), Example("1", {"query": "x y z w"}, "a")
+    predictor = make(task, tokenizer=Breaks(), prompt_format="alpaca")
+    window = len(predictor.prompt(example)) - 2 + len(predictor.answer("b b"))
+    cut = dataclasses.replace(predictor, window=window, too_long="truncate")
+    (fitted,) = cut.fitted([example])
+    assert fitted.lost == 2
+    text = prompts.ALPACA.replace("{instruction}", f"{task.system}\n\nz w")
+    assert fitted.prompt == tuple(Breaks().encode(text))
+
+
 @pytest.mark.parametrize("method", ["likelihood", "generate"])
 def test_f35_answers_do_not_depend_on_order_or_batch(make, variables, method):
     task, examples = Esci(), examples_of(Esci())
@@ -330,7 +400,7 @@ def test_a_prompt_that_may_be_cut_loses_the_beginning_of_its_own_input(make, var
     fitted = cut.fitted(examples)
     shared = len(Words().encode(f"<system> {Esci.system} <user>"))
     assert fitted == [cut.fitted([example])[0] for example in examples]
-    for prompt, (found, gone, dropped) in zip(prompts, fitted, strict=True):
+    for prompt, (found, gone, dropped, _) in zip(prompts, fitted, strict=True):
         assert gone == max(len(prompt) - (longest - 2), 0) and not dropped
         assert found == prompt[:shared] + prompt[shared + gone :]
     lost = [each.lost for each in fitted]
@@ -351,7 +421,8 @@ def test_demonstrations_are_left_out_before_input_is_cut(make, variables):
     for example, given, each in zip(examples, shown, cut.fitted(examples, shown), strict=True):
         assert each.prompt == whole.prompt(example, given[each.dropped :])
     small = make(Esci(), window=len(whole.prompt(examples[0])) + 1, too_long="truncate")
-    assert small.fitted(examples[:1], shown[:1])[0][1:] == (1, 3)  # one token, all three
+    (fitted,) = small.fitted(examples[:1], shown[:1])
+    assert (fitted.lost, fitted.dropped) == (1, 3)
     with pytest.raises(UserError, match="use fewer demonstrations"):
         make(Esci(), window=sizes[0] + 2).fitted(examples, shown)
 
