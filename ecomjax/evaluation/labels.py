@@ -34,7 +34,8 @@ def label_scores(
     """The score of each label as the answer to each prompt.
 
     Args:
-        how: see `predict.Predictor`; all but "mean" are log-likelihoods, but for a constant.
+        how: see `predict.Predictor`. The softmax of "sum" and of "calibrated" is a probability
+            of each label, that of "mean" is none.
         content_free: for each prompt the P that say nothing; used by "calibrated" alone.
         model, variables, prompts, labels, batch_size, window, on_done, adapters: see
             `decoding.score.label_log_likelihoods`.

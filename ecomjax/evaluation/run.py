@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from ecomjax.evaluation.labels import LabelScore
 from ecomjax.evaluation.predict import Prediction
 from ecomjax.metrics import calibration, ranking
 from ecomjax.metrics.statistics import Summarize, bootstrap
@@ -37,11 +38,13 @@ def score(
     examples: Sequence[Example],
     resamples: int,
     seed: int,
+    label_score: LabelScore = "sum",
 ) -> dict[str, Score]:
     """Every metric of the task with its interval.
 
     Where labels were scored, calibration is told too; and where they have gains and
-    examples belong to queries, how well expected gains rank the examples of a query.
+    examples belong to queries, how well expected gains rank the examples of a query. Both need
+    the probabilities of labels, which means over tokens say nothing of.
 
     Args:
         task: what was asked.
@@ -49,12 +52,17 @@ def score(
         examples: with their targets.
         resamples: of the bootstrap.
         seed: of the bootstrap.
+        label_score: what the scores of labels are.
     """
     found = _scored(
         task.statistics([p.value for p in predictions], examples), task.summarize, resamples, seed
     )
     labels = task.labels
-    if labels is None or not all(p.scores.keys() >= set(labels) for p in predictions):
+    if (
+        label_score == "mean"
+        or labels is None
+        or not all(p.scores.keys() >= set(labels) for p in predictions)
+    ):
         return found
     table = np.array([[p.scores[label] for label in labels] for p in predictions])
     gold = [example.target for example in examples]

@@ -97,6 +97,13 @@ def test_label_scores_give_calibration_and_ranking():
     assert worse["ndcg"].value < found["ndcg"].value
 
 
+def test_means_over_tokens_are_no_probabilities():
+    examples = Esci().load(SyntheticSource(0, Sizes(1, 1, 6)), "test")
+    predictions = scored([[-0.1, -0.2, -0.3, -0.4]] * 6)
+    told = {how: score(Esci(), predictions, examples, 20, 0, how).keys() for how in ("sum", "mean")}
+    assert told["sum"] - told["mean"] == {"ece", "brier", "ndcg", "no_gain_rate"}
+
+
 def test_without_label_scores_there_is_no_calibration():
     examples, predictions = answered(Esci())
     assert not {"ece", "ndcg"} & score(Esci(), predictions, examples, 20, 0).keys()
