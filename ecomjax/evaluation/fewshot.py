@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -16,6 +17,10 @@ import numpy as np
 
 from ecomjax.errors import UserError
 from ecomjax.tasks.base import Example, Task
+
+_HAN = r"\u3005\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_KANA = r"\u3040-\u30ff\uff66-\uff9f"
+_RUNS = re.compile(rf"([{_HAN}{_KANA}]+)|[^\W{_HAN}{_KANA}]+")
 
 Policy = Literal["fixed", "balanced", "random", "similar"]
 Order = Literal["drawn", "reversed", "shuffled"]
@@ -29,7 +34,7 @@ class Chooser:
         balanced: likewise, the labels of the task in turn.
         random: a draw for each example, seeded by its id.
         similar: for each example those whose inputs are most like its own by BM25 (Robertson
-            and Zaragoza 2009, doi 10.1561/1500000019), the most similar first.
+            and Zaragoza 2009, doi 10.1561/1500000019) over `terms`, the most similar first.
 
     Where all examples share the demonstrations, those that have the id or the input text of
     one must not be scored (`scorable`); elsewhere such a demonstration is passed over.
@@ -162,17 +167,26 @@ class _Similar:
         # Imported here: it starts the devices.
         import bm25s
 
-        self._tokenize = bm25s.tokenize
         self._index = bm25s.BM25()
-        self._index.index(self._words(list(texts)), show_progress=False)
+        self._index.index([terms(text) or [""] for text in texts], show_progress=False)
 
     def places(self, text: str) -> Sequence[int]:
         """The places of all texts, the most similar first, and of equals the first."""
-        ids = self._index.get_tokens_ids(self._words([text])[0])
+        ids = self._index.get_tokens_ids(terms(text))
         scores = self._index.get_scores_from_ids(ids)
         return np.argsort(-scores, kind="stable").tolist()
 
-    def _words(self, texts: list[str]) -> Any:
-        return self._tokenize(
-            texts, token_pattern=r"\w+", stopwords=[], return_ids=False, show_progress=False
-        )
+
+def terms(text: str) -> list[str]:
+    """What texts are compared by: words in small letters, signs left out.
+
+    Of a run of Han characters or kana, where blanks do not tell words apart, each two that
+    follow each other are a term, as in Lucene's CJKAnalyzer; a single one is itself a term. A
+    text may have none.
+    """
+    found: list[str] = []
+    for run in _RUNS.finditer(text.lower()):
+        word = run[0]
+        pairs = [word[i : i + 2] for i in range(len(word) - 1)] if run[1] else []
+        found += pairs or [word]
+    return found

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from ecomjax.data.sources import SyntheticSource
 from ecomjax.data.store import Sizes
 from ecomjax.errors import UserError
-from ecomjax.evaluation.fewshot import Chooser
+from ecomjax.evaluation.fewshot import Chooser, terms
 from ecomjax.tasks.base import Example
 from ecomjax.tasks.esci import LABELS, Esci
 from ecomjax.tasks.queryner import QueryNer
@@ -117,6 +117,25 @@ def test_more_shots_than_examples_are_refused(policy):
 def test_labels_are_balanced_where_there_are_some():
     with pytest.raises(UserError, match=r"no labels.*queryner.*config\.fewshot\.policy"):
         Chooser(QueryNer(), [], 0, 0, "balanced")
+
+
+def test_texts_without_words_are_like_no_other(monkeypatch):
+    """None is asked about, or all are without; then the first id comes first."""
+    monkeypatch.setattr(Esci, "user", lambda self, e: e.inputs["query"])
+    signs, train = example("new", "?!"), [example("b", "-"), example("a", "red"), example("c", "*")]
+    for few in (train, train[::2]):
+        shown = Chooser(TASK, few, 2, 0, "similar").of(signs, 2)
+        assert [e.id for e in shown] == sorted(e.id for e in few)[:2]
+    shown = Chooser(TASK, train, 3, 0, "similar").of(example("new", "big c red"), 3)
+    assert [e.id for e in shown] == ["a", "b", "c"]
+
+
+def test_texts_written_without_blanks_are_compared_by_pairs_of_characters():
+    assert terms("赤い靴 Nike靴下, größe! 犬") == ["赤い", "い靴", "nike", "靴下", "größe", "犬"]
+    assert terms("スニーカー") == ["スニ", "ニー", "ーカ", "カー"] and terms("?! ") == []
+    train = [example("a", "青い帽子"), example("b", "紅茶の缶"), example("c", "子供の赤い靴")]
+    (shown,) = Chooser(TASK, train, 1, 0, "similar").of(example("new", "赤い靴下"), 1)
+    assert shown.id == "c"
 
 
 @pytest.mark.parametrize("policy", ["random", "similar"])
