@@ -28,7 +28,6 @@ from ecomjax.experiments.sections import (
     MixtureConfig,
     ModelConfig,
     OptimizerConfig,
-    Positive,
     SearchConfig,
     TaskConfig,
     TrainingConfig,
@@ -122,8 +121,9 @@ class ExportConfig:
     """What is written: an adapter, or the base with it fused in, in `model.param_dtype`."""
     vllm: bool = False
     """Whether the adapter has to be one that vLLM serves; ranks and scales are made alike."""
-    vllm_rank: Positive = 16
-    """vLLM's `--max-lora-rank`."""
+    vllm_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 16
+    """vLLM's `--max-lora-rank`, which takes these alone (vllm/config/lora.py, 0.27; versions
+    before may know fewer)."""
     any_base: bool = False
     """Whether the adapter may be of another base than the model."""
 
@@ -179,6 +179,7 @@ def from_config(config: Mapping[str, Any] | ConfigDict) -> Config:
     if isinstance(result, FinetuneConfig):
         _check_finetune(result)
     if isinstance(result, ExportConfig):
+        _check_export(result)
         return result
     if result.data.source == "local" and not result.data.path:
         raise UserError("empty folder", "config.data.path", "name the folder of the local data")
@@ -233,6 +234,16 @@ def _check_finetune(finetune: FinetuneConfig) -> None:
             "config.mixture.weights",
             f"give one to each of config.tasks, that is {sorted(finetune.tasks)}",
         )
+
+
+def _check_export(export: ExportConfig) -> None:
+    """Nothing is said of how vLLM serves adapters where none is written."""
+    unused = {"vllm": export.vllm, "vllm_rank": export.vllm_rank != ExportConfig.vllm_rank}
+    for key, given in unused.items():
+        if given and export.output == "model":
+            raise UserError(
+                "a fused model does not use it", f"config.{key}", "set config.output=adapter too"
+            )
 
 
 def _check_study(study: StudyConfig) -> None:

@@ -12,6 +12,9 @@ from ecomjax.hf.peft_config import CONFIG
 def refusals(folder: Path, most_rank: int) -> list[str]:
     """Why vLLM cannot serve an adapter as it is; empty if nothing is known against it.
 
+    Checked is what the files say; whether the model itself is one that vLLM serves adapters of,
+    and whether it knows the names of the targets, is not.
+
     By its `PEFTHelper` (vllm/lora/peft_helper.py), which refuses DoRA, `modules_to_save`, biases
     and ranks beyond its limit, and passes over the fields that it does not know: patterns of ranks
     and alphas, of which all kernels would be scaled alike, and target parameters.

@@ -119,8 +119,8 @@ def test_what_vllm_refuses_is_named_and_not_left_behind(
     make_config, make_adapter, make_dora, tmp_path, capsys
 ):
     wide = make_adapter(1, {Q: 4})
-    config = make_config(wide, output="adapter", vllm=True, vllm_rank=2)
-    with pytest.raises(UserError, match=r"rank 4 is above max_lora_rank 2.*config\.vllm_rank"):
+    config = make_config(wide, output="adapter", vllm=True, vllm_rank=1)
+    with pytest.raises(UserError, match=r"rank 4 is above max_lora_rank 1.*config\.vllm_rank"):
         export.run(config, str(tmp_path / "run"))
     assert not (tmp_path / "run" / "adapter").exists()
     with pytest.raises(UserError, match=r"DoRA has no deltas alone: layers/.*fuse"):
@@ -146,6 +146,9 @@ def test_mistakes(make_config, make_adapter, tmp_path):
         ({"adapter": ""}, r"no adapter: config\.adapter"),
         ({"adapter": str(tmp_path / "none")}, "no such folder"),
         ({"adapter": "x", "model.quantization": "int8"}, "not quantized"),
+        ({"vllm": True}, r"does not use it: config\.vllm; .*output=adapter"),
+        ({"vllm_rank": 32}, r"does not use it: config\.vllm_rank"),
+        ({"output": "adapter", "vllm_rank": 24}, r"unknown value 24: config\.vllm_rank"),
     ):
         raw = configs.get_config()
         raw.update_from_flattened_dict(changes)
@@ -159,7 +162,7 @@ def test_an_adapter_is_neither_replaced_nor_removed_by_its_own_export(
 ):
     kept = make_adapter(1, {Q: 4}).rename(tmp_path / "adapter")
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
-    for rank in (2, 16):
+    for rank in (1, 16):
         config = make_config(kept, output="adapter", vllm=True, vllm_rank=rank)
         with pytest.raises(UserError, match="what no export has made"):
             export.run(config, str(tmp_path))
