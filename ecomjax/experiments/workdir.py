@@ -17,6 +17,7 @@ runs/<name>/                        run folders of a study, beside its results.j
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -176,7 +177,9 @@ class Workdir:
         if not self.config.exists():
             write_text(self.config, to_json(config))
             return
-        old, new = _flatten(read_json(self.config)), _flatten(to_dict(config))
+        # A key that came after the folder was made stood at its default all the time.
+        old = _flatten(_defaults(config)) | _flatten(read_json(self.config))
+        new = _flatten(to_dict(config))
         changes = {
             key: f"config.{key} {_show(old, key)} -> {_show(new, key)}"
             for key in (old | new)
@@ -326,6 +329,21 @@ def _birth(pid: int) -> str:
     except OSError:
         return ""
     return stat.rpartition(")")[2].split()[19]
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """A config dataclass as `to_dict` gives it, each key at its default; those without left out."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found[field.name] = _defaults(value)
+        elif isinstance(value, Mapping):
+            sections = {k: v for k, v in value.items() if dataclasses.is_dataclass(v)}
+            found[field.name] = {key: _defaults(section) for key, section in sections.items()}
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+    return json.loads(json.dumps(found))
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

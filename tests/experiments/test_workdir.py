@@ -51,6 +51,25 @@ def test_f10_another_config_is_refused_with_the_keys_that_differ(tmp_path, confi
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_keys_that_came_after_the_folder_stood_at_their_defaults(tmp_path, config):
+    with Workdir(tmp_path).writing(config) as folder:
+        pass
+    old = read_json(folder.config)
+    del old["mesh"], old["tasks"]["esci"]["label_score"], old["evaluation"]["top_p"]
+    write_json(folder.config, old)
+    with Workdir(tmp_path).writing(config):
+        assert read_json(folder.config) == old
+    other = with_changes(with_changes(config, "mesh", fsdp=2), "evaluation", top_p=0.5)
+    told = r"config\.evaluation\.top_p 1\.0 -> 0\.5.*config\.mesh\.fsdp 1 -> 2"
+    with pytest.raises(UserError, match=told), Workdir(tmp_path).writing(other):
+        pass
+    del old["tasks"]["esci"]["name"]
+    write_json(folder.config, old)
+    told = r'config\.tasks\.esci\.name \(absent\) -> "esci"; '
+    with pytest.raises(UserError, match=told), Workdir(tmp_path).writing(config):
+        pass
+
+
 def test_f10_keys_may_change_where_that_is_asked_for(tmp_path, config):
     other = with_changes(with_changes(config, "adapter", rank=8), "training", seed=9, keep=1)
 
