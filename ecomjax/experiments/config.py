@@ -196,13 +196,16 @@ def to_json(config: Any) -> str:
     return json.dumps(to_dict(config), indent=2, ensure_ascii=False) + "\n"
 
 
+def check_name(kind: str, name: str, where: str) -> None:
+    """UserError unless it can be part of a file's name and of a line of a report."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"{kind} named {name!r}", where, "use letters, digits, _, - and .")
+
+
 def _check_tasks(tasks: Mapping[str, TaskConfig]) -> None:
     """There are tasks, with names that can be folders."""
     for label in tasks:
-        if not re.fullmatch(r"\w[\w.-]*", label):
-            raise UserError(
-                f"task named {label!r}", "config.tasks", "use letters, digits, _, - and ."
-            )
+        check_name("task", label, "config.tasks")
     if not tasks:
         raise UserError("no tasks", "config.tasks", "name one or more")
 

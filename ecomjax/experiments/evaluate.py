@@ -6,9 +6,9 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ecomjax import placement, sharding
 from ecomjax.adapters import lora
@@ -30,9 +30,15 @@ from ecomjax.experiments.assembly import (
     make_tasks,
     say,
 )
-from ecomjax.experiments.config import FinetuneConfig, IclConfig, ScoreConfig, to_dict
+from ecomjax.experiments.config import (
+    FinetuneConfig,
+    IclConfig,
+    ScoreConfig,
+    check_name,
+    to_dict,
+)
 from ecomjax.experiments.files import jsonable, read_json, read_jsonl, write_json, write_jsonl
-from ecomjax.experiments.given import find_adapter, read_given, sha256_of_adapter
+from ecomjax.experiments.given import find_adapter, name_of, read_given, sha256_of_adapter
 from ecomjax.experiments.partial import Partial
 from ecomjax.experiments.sections import EvaluationConfig, TaskConfig
 from ecomjax.experiments.workdir import Workdir
@@ -41,6 +47,8 @@ from ecomjax.hf.peft import read_adapter
 from ecomjax.tasks.base import Example, Task
 from ecomjax.tasks.registry import get_task
 from ecomjax.typing import Adapter
+
+Value = TypeVar("Value")
 
 KEPT_AFTER = 16
 """Batches after which their predictions are kept, whatever happens then."""
@@ -99,16 +107,17 @@ def _systems(config: ScoreConfig, folder: Workdir) -> None:
     Scores are called `<split>-<adapter>`, after the adapter's run folder, and `<split>-base`.
     """
     found = [find_adapter(path) for path in config.adapters]
-    base = load_base(config.model, config.mesh)
-    given = [read_given(path, base.config, base.identity, config.any_base) for path in found]
-    names = [*(one.name for one in given), *(["base"] if config.base else [])]
+    names = [*map(name_of, found), *(["base"] if config.base else [])]
     for name in names:
+        check_name("adapter in a folder", name, "config.adapters")
         if names.count(name) > 1:
             raise UserError(
                 f"two systems called {name!r}", "config.adapters", "rename one of their folders"
             )
     if not names:
         raise UserError("nothing to score", "config.adapters", "name one, or set config.base=True")
+    base = load_base(config.model, config.mesh)
+    given = [read_given(path, base.config, base.identity, config.any_base) for path in found]
     sources = {one.name: {"path": one.folder, "sha256": one.sha256} for one in given}
     hosts.check_same("adapter", [one.sha256 for one in given])
     folder.record_start(base=base.identity, adapters=sources)
@@ -302,16 +311,32 @@ def _predict(
     missing = [pair for pair in zip(examples, shown, strict=True) if pair[0].id not in done]
     if done:
         say(f"{what}: {len(done)} of {len(examples)} examples are there already")
-    at_once = KEPT_AFTER * predictor.batch_size
+    chunks = list(_chunks(missing, predictor.batch_size))
+    for chunk in chunks:
+        predictor.fitted(*zip(*chunk, strict=True))  # What cannot be asked is told now.
     with counting(len(missing), what, "example") as on_done:
-        for first in range(0, len(missing), at_once):
-            asked, given = zip(*missing[first : first + at_once], strict=True)
+        for chunk in chunks:
+            asked, given = zip(*chunk, strict=True)
             predictions = predictor.predict(variables, asked, given, on_done)
             records = [
                 to_record(example, prediction) | {"demonstrations": [each.id for each in few]}
                 for example, prediction, few in zip(asked, predictions, given, strict=True)
             ]
             hosts.on_main(lambda records=records: partial.add(records))
+
+
+def _chunks(examples: Sequence[Value], batch_size: int) -> Iterator[Sequence[Value]]:
+    """The examples in parts of KEPT_AFTER batches; no part is smaller than a batch if there is another.
+
+    What is left over goes with the last part: alone it would be a smaller batch, for which
+    everything is compiled again.
+    """
+    size, first = KEPT_AFTER * batch_size, 0
+    while first < len(examples):
+        rest = len(examples) - first
+        last = first + (rest if rest < size + batch_size else size)
+        yield examples[first:last]
+        first = last
 
 
 def _digest(

@@ -35,8 +35,7 @@ class Given:
 
     @property
     def name(self) -> str:
-        """Of its run folder, where it lies in one."""
-        return (self.folder.parent if self.folder.name == "adapter" else self.folder).name
+        return name_of(self.folder)
 
     @property
     def ranks(self) -> list[int]:
@@ -54,6 +53,11 @@ def find_adapter(path: str) -> Path:
         path,
         f"name a folder with {CONFIG}, or a run folder that holds adapter/",
     )
+
+
+def name_of(folder: Path) -> str:
+    """What an adapter is called: its run folder, where it lies in one, else its own."""
+    return (folder.parent if folder.name == "adapter" else folder).name
 
 
 def read_given(

@@ -280,6 +280,29 @@ def test_an_interrupted_evaluation_asks_for_what_is_missing_and_ends_alike(
     assert same == whole and not any("partial" in str(path) for path in same)
 
 
+def test_no_smaller_batch_is_left_for_the_end(make_config, asked, tmp_path, monkeypatch):
+    """It would be another shape: what is left over goes with the batches before it."""
+    monkeypatch.setattr(evaluate, "KEPT_AFTER", 1)
+    requests = asked(lambda example, shown: example.target)
+    changes = {"fewshot.shots": (0,), "evaluation.batch_size": 5}
+    evaluate.run(make_config("icl", changes=changes), str(tmp_path))
+    assert [len(examples) for examples, _ in requests] == [8, 5, 7]
+
+
+def test_a_prompt_that_is_too_long_is_told_before_any_is_asked(
+    config, make_config, asked, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "KEPT_AFTER", 1)
+    requests = asked(lambda example, shown: example.target)
+    *examples, last = load_examples(TASK, config.data, "validation")
+    last = dataclasses.replace(last, inputs={**last.inputs, "query": "shoe " * 1024})
+    monkeypatch.setattr(evaluate, "load_examples", lambda *_: [*examples, last])
+    changes = {"fewshot.shots": (0,), "evaluation.batch_size": 2}
+    with pytest.raises(UserError, match=rf"no room .* esci, example {last.id}"):
+        evaluate.run(make_config("icl", changes=changes), str(tmp_path))
+    assert not requests
+
+
 def test_what_was_begun_with_other_settings_is_begun_anew(make_config, asked, tmp_path, capsys):
     requests = asked(lambda example, shown: example.target)
     icl = make_config("icl", changes={"fewshot.shots": (0,)})
@@ -434,7 +457,7 @@ def test_a_few_shot_run_tells_its_base(make_config, asked, tmp_path, tiny_base):
 
 
 def test_adapters_and_their_base_are_scored_on_the_same_examples(
-    config, adapted, make_config, make_adapter, tmp_path, contents
+    config, adapted, make_config, make_adapter, tmp_path, contents, monkeypatch
 ):
     """A run's own adapter gets the scores that its run has; the base those of zero-shot."""
     other = make_adapter(3)
@@ -459,6 +482,11 @@ def test_adapters_and_their_base_are_scored_on_the_same_examples(
     before = contents(tmp_path / "run" / "eval")
     evaluate.run(make_config("score", changes={"adapters": (str(other),)}), str(tmp_path / "run"))
     assert contents(tmp_path / "run" / "eval") == before
+    monkeypatch.setattr(evaluate, "load_base", no_model)
+    for name in ("line\nbreak", "a b", ".adapter"):
+        strange = shutil.copytree(other, tmp_path / name)
+        with pytest.raises(UserError, match=r"adapter in a folder named .*: config\.adapters"):
+            evaluate.run(make_config("score", changes={"adapters": (str(strange),)}), str(tmp_path))
     with pytest.raises(UserError, match="two systems called"):
         twice = make_config("score", changes={"adapters": (str(other), str(other))})
         evaluate.run(twice, str(tmp_path / "run"))
