@@ -29,6 +29,24 @@ ENCODED_AT_ONCE = 1024
 """Examples whose texts are tokenized together: a batch of them goes over all cores."""
 
 
+def way_of(task: Task, method: Method) -> Literal["likelihood", "generate", "constrained"]:
+    """How answers to a task are found, see `Predictor`.
+
+    Raises:
+        UserError: the method does not suit the task.
+    """
+    if method == "auto":
+        return "generate" if task.labels is None else "likelihood"
+    what = ""
+    if method == "likelihood" and task.labels is None:
+        what = f"task {task.name} has no closed set of labels"
+    if method == "constrained" and not task.has_form:
+        what = f"answers to task {task.name} have no form"
+    if what:
+        raise UserError(what, f"config.tasks.{task.name}.method", "use auto or generate")
+    return method
+
+
 @runtime_checkable
 class Tokenizer(Protocol):
     """What is asked of a tokenizer; `hf.tokenizer.Tokenizer` is one."""
@@ -121,18 +139,7 @@ class Predictor:
     label_score: LabelScore = "sum"
 
     def __post_init__(self):
-        if self.method == "likelihood" and self.task.labels is None:
-            raise UserError(
-                f"task {self.task.name} has no closed set of labels",
-                f"config.tasks.{self.task.name}.method",
-                "use auto or generate",
-            )
-        if self.method == "constrained" and not self.task.has_form:
-            raise UserError(
-                f"answers to task {self.task.name} have no form",
-                f"config.tasks.{self.task.name}.method",
-                "use auto or generate",
-            )
+        way_of(self.task, self.method)
 
     def prompt(self, example: Example, demonstrations: Demonstrations = ()) -> tuple[int, ...]:
         """Token ids of the prompt, which end where the answer starts."""
@@ -182,7 +189,7 @@ class Predictor:
     @property
     def by_likelihood(self) -> bool:
         """Whether answers are labels, found by their likelihood."""
-        return self.task.labels is not None and self.method in ("auto", "likelihood")
+        return way_of(self.task, self.method) == "likelihood"
 
     def automata(self, examples: Sequence[Example]) -> list[Automaton]:
         """The answers that each example allows, as the model is trained to write them.

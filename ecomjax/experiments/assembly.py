@@ -26,7 +26,7 @@ from ecomjax.data.sources import HubSource, LocalSource, Source, SyntheticSource
 from ecomjax.data.store import Sizes
 from ecomjax.data.subsets import draw
 from ecomjax.errors import UserError
-from ecomjax.evaluation.predict import Predictor
+from ecomjax.evaluation.predict import Predictor, way_of
 from ecomjax.experiments.sections import (
     DataConfig,
     EvaluationConfig,
@@ -158,6 +158,30 @@ def make_source(config: DataConfig) -> Source:
 def make_tasks(configs: Mapping[str, TaskConfig]) -> dict[str, Task]:
     """The tasks of a config, by the names they have in reports."""
     return {label: get_task(config.name, **config.options) for label, config in configs.items()}
+
+
+def check_settings(tasks: Mapping[str, TaskConfig], config: EvaluationConfig) -> None:
+    """Each setting of the asking is of use to the task, or of all tasks to one.
+
+    Raises:
+        UserError: one would be ignored, or a method does not suit its task.
+    """
+    ways = {label: way_of(task, tasks[label].method) for label, task in make_tasks(tasks).items()}
+    for label, way in ways.items():
+        if way != "likelihood" and tasks[label].label_score != TaskConfig.label_score:
+            raise UserError(
+                f"answers to {label} are not found by the likelihood of labels",
+                f"config.tasks.{label}.label_score",
+                "leave it at sum, or use the method likelihood where there are labels",
+            )
+    for name in ("temperature", "top_p"):
+        value = getattr(config, name)
+        if "generate" not in ways.values() and value != getattr(EvaluationConfig, name):
+            raise UserError(
+                f"{value} for answers that are not drawn",
+                f"config.evaluation.{name}",
+                "leave it out, or set the method generate",
+            )
 
 
 def load_examples(

@@ -22,6 +22,7 @@ from ecomjax.experiments import hosts
 from ecomjax.experiments.assembly import (
     Base,
     check_overlap,
+    check_settings,
     choose,
     load_base,
     load_encoded,
@@ -60,6 +61,9 @@ def run(config: FinetuneConfig | IclConfig | ScoreConfig, workdir: str) -> None:
     What is scored stays scored.
     """
     folder = Workdir(workdir)
+    several = not isinstance(config, IclConfig)
+    tasks = config.tasks if several else {config.task.name: config.task}
+    check_settings(tasks, config.evaluation)
     if isinstance(config, ScoreConfig):
         ignored = ("adapters", "base", "evaluation.split", "evaluation.batch_size")
         with folder.writing(config, ignore=(*ignored, "data.cache", "mesh")):
@@ -326,7 +330,7 @@ def _predict(
 
 
 def _chunks(examples: Sequence[Value], batch_size: int) -> Iterator[Sequence[Value]]:
-    """The examples in parts of KEPT_AFTER batches; no part is smaller than a batch if there is another.
+    """The examples in parts of KEPT_AFTER batches, of which none is smaller than a batch.
 
     What is left over goes with the last part: alone it would be a smaller batch, for which
     everything is compiled again.

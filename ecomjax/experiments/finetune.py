@@ -22,6 +22,7 @@ from ecomjax.experiments import hosts
 from ecomjax.experiments.assembly import (
     Base,
     check_overlap,
+    check_settings,
     choose,
     load_base,
     load_encoded,
@@ -89,6 +90,7 @@ def run(config: FinetuneConfig, workdir: str, allow: Sequence[str] = ()) -> None
     """
     with Workdir(workdir).writing(config, ignore=NO_MATTER, allow=allow) as folder:
         tasks = make_tasks(config.tasks)
+        check_settings(config.tasks, config.evaluation)
         # Mistakes in the mixture and the data are told before a model is loaded.
         shares([1] * len(tasks), _mixture(config.mixture, list(tasks)))
         validation = {

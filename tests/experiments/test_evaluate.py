@@ -11,7 +11,7 @@ from ecomjax.errors import UserError
 from ecomjax.evaluation.predict import Prediction, Predictor
 from ecomjax.evaluation.run import predictions_of_records, score
 from ecomjax.experiments import evaluate, finetune
-from ecomjax.experiments.assembly import load_examples
+from ecomjax.experiments.assembly import check_settings, load_examples
 from ecomjax.experiments.files import read_json, read_jsonl
 from ecomjax.experiments.given import sha256_of_adapter
 from ecomjax.tasks import prompts
@@ -228,6 +228,38 @@ def test_another_split_is_scored_beside_it(make_config, adapted, asked, tmp_path
     assert read_json(place / "validation.metrics.json")["metrics"]["accuracy"]["value"] == 1.0
     for kind in ("metrics.json", "predictions.jsonl"):
         (place / f"validation.{kind}").unlink()
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "told"),
+    [
+        ("queryner", {"task.label_score": "mean"}, r"config\.tasks\.queryner\.label_score"),
+        (
+            "esci",
+            {"task.label_score": "mean", "task.method": "constrained"},
+            r"not found by .*config\.tasks\.esci\.label_score; leave it at sum",
+        ),
+        ("esci", {"evaluation.temperature": 0.5}, r"not drawn: config\.evaluation\.temperature"),
+        (
+            "queryner",
+            {"evaluation.top_p": 0.5, "task.method": "constrained"},
+            r"not drawn: config\.evaluation\.top_p",
+        ),
+        ("queryner", {"task.method": "likelihood"}, r"no closed set.*queryner\.method"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_told_before_a_model_is_loaded(
+    make_config, tmp_path, monkeypatch, task, changes, told
+):
+    for experiment, module in (("icl", evaluate), ("finetune", finetune)):
+        monkeypatch.setattr(module, "load_base", no_model)
+        with pytest.raises(UserError, match=told):
+            module.run(make_config(experiment, task, changes), str(tmp_path))
+
+
+def test_one_task_of_several_may_use_a_setting(make_config):
+    config = make_config("finetune", "esci+queryner", {"evaluation.temperature": 0.5})
+    check_settings(config.tasks, config.evaluation)
 
 
 def test_without_an_adapter_nothing_is_made(config, tmp_path):
