@@ -245,7 +245,9 @@ def _check_export(export: ExportConfig) -> None:
     for key, given in unused.items():
         if given and export.output == "model":
             raise UserError(
-                "a fused model does not use it", f"config.{key}", "set config.output=adapter too"
+                "a fused model does not use it",
+                f"config.{key}",
+                "leave it out, or set config.output=adapter",
             )
 
 

@@ -80,6 +80,7 @@ def _check_vllm(config: ExportConfig, target: Path) -> None:
         raise UserError(
             f"vLLM would not serve it: {'; '.join(reasons)}",
             config.adapter,
-            "raise config.vllm_rank with vLLM's --max-lora-rank, or set config.output=model",
+            "raise config.vllm_rank with vLLM's --max-lora-rank, or set config.vllm=False and "
+            "config.output=model",
         )
     say("vLLM: " + ("; ".join(reasons) or "nothing is known against it"))
