@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from ecomjax import placement, sharding
-from ecomjax.adapters import lora
 from ecomjax.data.encoded import EncodedSet, Joined, Kept, fit_window, shared_prefix
 from ecomjax.data.mixture import Mixture, draw_orders, shares
 from ecomjax.data.packing import Plan, make_plan
@@ -34,10 +33,10 @@ from ecomjax.experiments.assembly import (
 )
 from ecomjax.experiments.config import FinetuneConfig
 from ecomjax.experiments.files import jsonable, read_json, write_json
-from ecomjax.experiments.initial import init_adapter, init_state, make_optimizer, make_rules
+from ecomjax.experiments.initial import init_state, make_optimizer
 from ecomjax.experiments.sections import MixtureConfig
+from ecomjax.experiments.tuning import make_tuning
 from ecomjax.experiments.workdir import Workdir
-from ecomjax.hf.peft import write_adapter
 from ecomjax.tasks.base import Example
 from ecomjax.training.checkpoint import Checkpoints
 from ecomjax.training.guards import Guard
@@ -45,7 +44,6 @@ from ecomjax.training.loop import LoopOptions, fit
 from ecomjax.training.losses import causal_lm
 from ecomjax.training.step import make_loss_pass, make_train_step
 from ecomjax.training.writers import MetricsWriter, NoWriter
-from ecomjax.typing import Adapter, Params
 
 NO_MATTER = (
     "evaluation.split",
@@ -124,8 +122,7 @@ def run(config: FinetuneConfig, workdir: str, allow: Sequence[str] = ()) -> None
             f"in rows of {plan.row_length} tokens"
         )
         with sharding.use(base.mesh):
-            best = _train(config, base, data, train, plan, folder)
-        hosts.on_main(lambda: write_adapter(folder.adapter, best, base.config, base.identity))
+            _train(config, base, data, train, plan, folder)
 
 
 def _prepare(
@@ -231,32 +228,27 @@ def _train(
     train: Joined,
     plan: Plan,
     folder: Workdir,
-) -> Adapter:
-    """The adapter of the best evaluation, to the base as it was loaded."""
+) -> None:
+    """Trains, and writes what the best evaluation was of."""
     settings, steps, mesh = config.training, len(plan), base.mesh
     rows = settings.rows * sharding.row_parts(mesh)
     optimizer, schedule = make_optimizer(config.optimizer, steps)
     init_key, dropout_key = jax.random.split(jax.random.key(settings.seed))
-    params, adapter = init_adapter(
-        base.params, base.axes, make_rules(config.adapter), init_key, mesh
-    )
-    start = jax.device_get(placement.gather(adapter, mesh))  # Training takes over the arrays.
-    trained, fixed = lora.split(adapter)
-    state, lies = init_state(trained, optimizer, dropout_key, mesh)
-    frozen: dict[str, Params] = {"params": params, "fixed": fixed}
+    tuning = make_tuning(config, base, init_key)
+    state, lies = init_state(tuning.trained, optimizer, dropout_key, mesh)
     labels = list(data) if len(data) > 1 else []
-    loss = causal_lm(base.module, groups=len(labels))
-    loss_pass = make_loss_pass(causal_lm(base.module))
+    loss = causal_lm(base.module, len(labels), tuning.variables_of)
+    loss_pass = make_loss_pass(causal_lm(base.module, variables_of=tuning.variables_of))
     layout = (settings.packing, settings.row_length, settings.batch_size, rows)
     held_out = {label: one_pass(found.held_out, *layout) for label, found in data.items()}
 
-    def evaluate(trained: Adapter) -> Mapping[str, float]:
-        variables = {"params": params, "lora": lora.join(trained, fixed)}
+    def evaluate(trained: Any) -> Mapping[str, float]:
+        variables = tuning.variables_of(trained, tuning.frozen)
         values, sums, headlines = {}, np.zeros(2), []
         for label, found in data.items():
             source, task = held_out[label], found.predictor.task
             placed = (placement.shard_rows(source[i], mesh, axis=1) for i in range(len(source)))
-            parts = [loss_pass(trained, frozen, batch) for batch in placed]
+            parts = [loss_pass(trained, tuning.frozen, batch) for batch in placed]
             total, weight = np.sum(jax.device_get(parts), axis=0)
             predictions = found.predictor.predict(variables, found.validation)
             metrics = task.metrics([p.value for p in predictions], found.validation)
@@ -289,7 +281,7 @@ def _train(
     with told as writer:
         selection = fit(
             state,
-            frozen,
+            tuning.frozen,
             make_train_step(loss, optimizer, schedule, labels, lies),
             iterate(
                 plan,
@@ -306,6 +298,7 @@ def _train(
         )
     say(f"{'+'.join(data)}: best at step {selection.step} of {steps}")
     lies = sharding.whole(mesh)  # Every process reads all of it.
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), trained)
-    best: Any = checkpoints.restore_best(shapes)[0]
-    return lora.since(lora.join(best, placement.gather(fixed, mesh)), start)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), tuning.trained
+    )
+    tuning.write(checkpoints.restore_best(shapes)[0], folder)
