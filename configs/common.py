@@ -22,6 +22,10 @@ UNUSUAL = {
 }
 """What differs."""
 
+ENCODER_ROWS = {"queryner": 128, "esci": 256}
+"""Length of packed rows of an encoder, where it is not its window: every slot is compared with all
+of its row, and what is read of these tasks is shorter."""
+
 TASKS = {name: USUAL | UNUSUAL.get(name, {}) for name in registry.TASKS}
 
 
@@ -142,6 +146,7 @@ def optimizer() -> ConfigDict:
 def training(tasks: list[str], smoke: bool = False) -> ConfigDict:
     return ConfigDict(
         {
+            "tune": "lora",
             "epochs": 1 if smoke else 3,
             "batch_size": 16,
             "row_length": max(TASKS[task]["row_length"] for task in tasks),

@@ -53,6 +53,15 @@ PRESETS = {
     "bart_large": FLOAT32,
 }
 
+ENCODERS = ("bert_base", "bert_large", "roberta_base", "distilbert_base", "minilm_l6")
+"""Those that give classes, and write nothing."""
+
+ENCODER_DECODERS = (
+    *("t5_small", "t5_base", "t5_large", "bart_base", "bart_large"),
+    *("flan_t5_small", "flan_t5_base", "flan_t5_large", "flan_t5_xl"),
+)
+"""Those that read a source and write an answer."""
+
 DEFAULT = "smollm2_135m"
 
 

@@ -49,6 +49,29 @@ class Batch(flax.struct.PyTreeNode):
     """Which group (task) a row is of, where several are trained together."""
 
 
+class LabelledBatch(Batch):
+    """Packed rows of what an encoder reads; targets are classes.
+
+    The class of a word stands at its first token, that of a whole sequence at the sequence's
+    first one. Rows have no shared prefix.
+    """
+
+    token_types: Int[Array, "*B T"] | None = None
+    """Which text of a pair a token is of."""
+
+
+class PairBatch(Batch):
+    """Packed rows of what an encoder-decoder writes, and of what each of them answers.
+
+    A source has the segment id of its target; both count their positions from 0.
+    """
+
+    sources: Int[Array, "*B S"] | None = None
+    """Tokens."""
+    source_positions: Int[Array, "*B S"] | None = None
+    source_segment_ids: Int[Array, "*B S"] | None = None
+
+
 class KVCache(flax.struct.PyTreeNode):
     """Keys and values of the slots seen so far; passed in and returned, never hidden.
 

@@ -14,6 +14,10 @@ ALL = [
         for task in common.TASKS
         for option in ("", ",smoke")
     ),
+    (finetune, "queryner,minilm_l6"),
+    (finetune, "instruction,roberta_base,smoke"),
+    (finetune, "esci+queryner,t5_small"),
+    (finetune, "review_summarization,flan_t5_xl"),
     (study, "quickstart"),
     (study, "smoke"),
     *((plans, name) for name in plans.PLANS),
@@ -107,6 +111,25 @@ def test_a_model_is_chosen_by_its_name():
     config = finetune.get_config("esci,mixtral_8x7b,smoke")
     assert (config.model.name, config.model.param_dtype) == ("mixtral_8x7b", "bfloat16")
     assert config.data.train_size == finetune.get_config("esci,smoke").data.train_size
+
+
+def test_how_a_model_is_trained_depends_on_its_kind():
+    tuned = {
+        name: from_config(finetune.get_config(f"esci,{name}")).training
+        for name in ("smollm2_135m", "minilm_l6", "t5_small", "flan_t5_xl")
+    }
+    assert [tuned[name].tune for name in tuned] == ["lora", "all", "all", "lora"]
+    assert [tuned[name].packing for name in tuned] == ["shared_prefix", *["plain"] * 3]
+    encoder = finetune.get_config("queryner,minilm_l6")
+    assert (encoder.optimizer.learning_rate, encoder.training.epochs) == (2e-4, 4)
+    assert encoder.training.batch_size == 32
+
+
+def test_the_kinds_of_models_are_those_of_their_presets():
+    by_type = {name: preset.fields["model_type"] for name, preset in presets.PRESETS.items()}
+    encoders = {name for name, kind in by_type.items() if "bert" in kind}
+    others = {name for name, kind in by_type.items() if kind in ("t5", "bart")}
+    assert (set(models.ENCODERS), set(models.ENCODER_DECODERS)) == (encoders, others)
 
 
 def test_every_known_model_has_a_preset():

@@ -24,6 +24,9 @@ TooLong = Literal["drop", "truncate", "raise"]
 ENTRY = np.dtype([("end", "<i8"), ("prompt", "<i4"), ("id_end", "<i8"), ("key", "<u8")])
 """What is kept of an example beside its tokens: where they and the id end, and so on."""
 
+NO_CLASS = -1
+"""Class of a token that has none."""
+
 AT_ONCE = 2**16
 """Examples held in memory at once while a set is written or compared."""
 
@@ -32,17 +35,23 @@ AT_ONCE = 2**16
 class Encoded:
     """A tokenized example: `tokens[prompt:]` is what the model learns to say.
 
+    What an encoder reads is all prompt, and what it learns stands at its tokens.
+
     Attributes:
         id: the example's id.
-        tokens: prompt, answer and end token.
+        tokens: prompt, answer and end token; of an encoder-decoder the prompt is the source.
         prompt: number of prompt tokens, at least 1.
         key: digest of the input text, by which equal inputs are found; see `key_of`.
+        marks: for an encoder, type and class of each token; `NO_CLASS` where it has none.
+        lost: tokens, or words, that were cut off before.
     """
 
     id: str
     tokens: tuple[int, ...]
     prompt: int
     key: int = 0
+    marks: tuple[tuple[int, int], ...] = ()
+    lost: int = 0
 
 
 def key_of(text: str) -> int:
@@ -63,6 +72,7 @@ class EncodedSet(Sequence[Encoded]):
         ids: id of each example.
         head: tokens that `cuts` spare at the beginning of every example.
         cuts: tokens left out of each example, those after the head.
+        marks: see `Encoded.marks`; None where examples have none.
     """
 
     flat: Int[np.ndarray, "tokens"]
@@ -73,12 +83,14 @@ class EncodedSet(Sequence[Encoded]):
     ids: Sequence[str]
     head: int
     cuts: Int[np.ndarray, "n"]
+    marks: Int[np.ndarray, "tokens 2"] | None = None
 
     @classmethod
     def of(cls, examples: Iterable[Encoded]) -> EncodedSet:
         """A set in memory."""
         given = list(examples)
         flat = np.fromiter(itertools.chain.from_iterable(e.tokens for e in given), np.int32)
+        marks = [mark for e in given for mark in e.marks]
         ends = np.cumsum([len(e.tokens) for e in given], dtype=np.int64)
         return cls(
             flat,
@@ -89,6 +101,7 @@ class EncodedSet(Sequence[Encoded]):
             [e.id for e in given],
             0,
             np.zeros(len(given), np.int64),
+            np.array(marks, np.int32) if marks else None,
         )
 
     @property
@@ -103,21 +116,22 @@ class EncodedSet(Sequence[Encoded]):
         """The example at an index; of a slice or an array of indices, the set."""
         if isinstance(index, slice | np.ndarray):
             places = np.arange(len(self))[index]
-            return EncodedSet(
-                self.flat,
-                self.starts[places],
-                self.ends[places],
-                self.prompts[places],
-                self.keys[places],
-                _Chosen(self.ids, places),
-                self.head,
-                self.cuts[places],
+            return dataclasses.replace(
+                self,
+                starts=self.starts[places],
+                ends=self.ends[places],
+                prompts=self.prompts[places],
+                keys=self.keys[places],
+                ids=_Chosen(self.ids, places),
+                cuts=self.cuts[places],
             )
         start, end, cut = int(self.starts[index]), int(self.ends[index]), int(self.cuts[index])
         tokens = self.flat[start:end].tolist()
         del tokens[self.head : self.head + cut]
         name: Any = self.ids[index]
-        return Encoded(name, tuple(tokens), int(self.prompts[index]) - cut, int(self.keys[index]))
+        marks = () if self.marks is None else tuple(map(tuple, self.marks[start:end].tolist()))
+        prompt, key = int(self.prompts[index]) - cut, int(self.keys[index])
+        return Encoded(name, tuple(tokens), prompt, key, marks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +198,7 @@ def write_set(folder: Path, examples: Iterable[Encoded], about: Mapping[str, Any
         (folder / "tokens").open("wb") as tokens,
         (folder / "entries").open("wb") as entries,
         (folder / "ids").open("wb") as ids,
+        (folder / "marks").open("wb") as marks,
     ):
         end = id_end = 0
         for example in examples:
@@ -192,6 +207,7 @@ def write_set(folder: Path, examples: Iterable[Encoded], about: Mapping[str, Any
             tokens.write(np.asarray(example.tokens, "<i4").tobytes())
             entries.write(np.array((end, example.prompt, id_end, example.key), ENTRY).tobytes())
             ids.write(name)
+            marks.write(np.asarray(example.marks, "<i4").tobytes())
     (folder / "about.json").write_text(json.dumps(dict(about)), encoding="utf-8")
 
 
@@ -204,6 +220,7 @@ def read_set(folder: Path) -> tuple[EncodedSet, dict[str, Any]]:
 
     entries = mapped("entries", ENTRY)
     ends = entries["end"].astype(np.int64)
+    marks = mapped("marks", "<i4")
     made = EncodedSet(
         mapped("tokens", "<i4"),
         np.concatenate([np.zeros(1, np.int64), ends])[: len(ends)],
@@ -213,6 +230,7 @@ def read_set(folder: Path) -> tuple[EncodedSet, dict[str, Any]]:
         _MappedIds(mapped("ids", np.uint8), entries["id_end"]),
         0,
         np.zeros(len(ends), np.int64),
+        marks.reshape(-1, 2) if len(marks) else None,
     )
     return made, json.loads((folder / "about.json").read_text(encoding="utf-8"))
 

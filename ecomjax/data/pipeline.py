@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 
 from ecomjax.data.encoded import Encoded, EncodedSet, shared_prefix
-from ecomjax.data.packing import Packing, Plan, assemble, make_plan
+from ecomjax.data.packing import Packing, Plan, Row, assemble, make_plan
 from ecomjax.typing import Batch
+
+Assemble = Callable[[Sequence[Row], Sequence[Encoded], Plan], Batch]
+"""Writes rows of a plan out as arrays [B, T] of numpy."""
 
 
 class StepSource:
@@ -26,6 +29,7 @@ class StepSource:
         rows: int,
         host: int = 0,
         hosts: int = 1,
+        assemble: Assemble = assemble,
     ):
         """Makes the source of one host.
 
@@ -35,11 +39,13 @@ class StepSource:
             rows: rows of a microbatch over all hosts, a multiple of `hosts`.
             host: number of this host.
             hosts: how many there are.
+            assemble: makes the batches.
         """
         if rows % hosts:
             raise ValueError(f"{rows} rows of a microbatch do not divide over {hosts} hosts")
         self._plan, self._sequences = plan, sequences
         self._rows, self._host, self._hosts = rows, host, hosts
+        self._assemble = assemble
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -54,7 +60,7 @@ class StepSource:
             for at in range(0, len(rows), self._rows)
             for row in rows[at + first : at + first + part]
         ]
-        batch = assemble(mine, self._sequences, self._plan)
+        batch = self._assemble(mine, self._sequences, self._plan)
         cut = {
             name: np.reshape(leaf, (-1, part, *leaf.shape[1:]))
             for name in batch.__dataclass_fields__
@@ -64,7 +70,12 @@ class StepSource:
 
 
 def one_pass(
-    sequences: EncodedSet, packing: Packing, row_length: int, batch_size: int, rows: int
+    sequences: EncodedSet,
+    packing: Packing,
+    row_length: int,
+    batch_size: int,
+    rows: int,
+    assemble: Assemble = assemble,
 ) -> StepSource:
     """All sequences once, in their order: what a validation loss is taken over."""
     plan = make_plan(
@@ -76,7 +87,7 @@ def one_pass(
         batch_size=batch_size,
         rows_multiple=rows,
     )
-    return StepSource(plan, sequences, rows)
+    return StepSource(plan, sequences, rows, assemble=assemble)
 
 
 def iterate(
@@ -85,17 +96,18 @@ def iterate(
     rows: int,
     host: int = 0,
     hosts: int = 1,
+    assemble: Assemble = assemble,
     place: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Any:
     """A checkpointable iterator (`get_state`, `set_state`) over the steps of a plan.
 
     Args:
-        plan, sequences, rows, host, hosts: see `StepSource`.
+        plan, sequences, rows, host, hosts, assemble: see `StepSource`.
         place: brings a batch to its devices, ahead of the step that uses it.
     """
     import grain
 
-    source: Any = grain.MapDataset.source(StepSource(plan, sequences, rows, host, hosts))
+    source: Any = grain.MapDataset.source(StepSource(plan, sequences, rows, host, hosts, assemble))
     # Few batches ahead: they are made faster than used, and hundreds would fill the memory.
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     return iter(source.map(place).to_iter_dataset(ahead))

@@ -18,6 +18,9 @@ from ecomjax.tasks.base import Example, Task
 class EncoderTokenizer(Protocol):
     """What is asked of an encoder's tokenizer; `hf.tokenizer.Tokenizer` is one."""
 
+    @property
+    def fingerprint(self) -> str: ...
+
     def enclosed(self, first: str, second: str | None = None) -> Any: ...
 
 

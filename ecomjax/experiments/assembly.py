@@ -7,7 +7,7 @@ import functools
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,31 @@ from jax.sharding import Mesh
 from ecomjax import placement, sharding, trees
 from ecomjax.adapters.quantize import quantize, ratios
 from ecomjax.data.cache import Cache
-from ecomjax.data.encoded import EncodedSet, read_set, write_set
+from ecomjax.data.encoded import Encoded, EncodedSet, read_set, write_set
 from ecomjax.data.progress import counting
 from ecomjax.data.rows import ChosenRows
 from ecomjax.data.sources import HubSource, LocalSource, Source, SyntheticSource
 from ecomjax.data.store import Sizes
 from ecomjax.data.subsets import draw
 from ecomjax.errors import UserError
+from ecomjax.evaluation.classify import Classifier
 from ecomjax.evaluation.predict import Predictor, way_of
+from ecomjax.evaluation.respond import Responder
 from ecomjax.experiments.sections import (
     DataConfig,
     EvaluationConfig,
     MeshConfig,
     ModelConfig,
     TaskConfig,
+    TrainingConfig,
 )
 from ecomjax.hf.checkpoints import Identity, load_pretrained
 from ecomjax.hf.files import sha256_of
 from ecomjax.hf.tokenizer import Tokenizer
 from ecomjax.models import registry
 from ecomjax.models.decoder import Decoder
+from ecomjax.models.encoder_decoder import EncoderDecoder
+from ecomjax.models.heads import ClassifierConfig
 from ecomjax.tasks import prompts
 from ecomjax.tasks.base import Example, Reading, Task
 from ecomjax.tasks.registry import get_task
@@ -61,12 +66,26 @@ class Base:
 
 ONE_DEVICE = MeshConfig(data=1)
 
+UNBOUNDED = 1024
+"""Window of models that have no table of positions, as T5."""
+
+AnyPredictor = Predictor | Classifier | Responder
+"""The ways of asking, by the kind of a model."""
+
 
 @functools.lru_cache(maxsize=1)
-def load_base(config: ModelConfig, layout: MeshConfig = ONE_DEVICE) -> Base:
+def load_base(config: ModelConfig, layout: MeshConfig = ONE_DEVICE, any_kind: bool = False) -> Base:
     """Loads the weights to their devices and says which they are; the last model stays loaded.
 
     Quantized or not, its identity is that of the weights as they were loaded.
+
+    Args:
+        config: names the model.
+        layout: of the devices.
+        any_kind: whether it may be no decoder.
+
+    Raises:
+        UserError: it may not, and is none; see `hf.checkpoints.open_pretrained`.
     """
     mesh = sharding.make_mesh(**dataclasses.asdict(layout))
     placement.meet(mesh)
@@ -74,6 +93,8 @@ def load_base(config: ModelConfig, layout: MeshConfig = ONE_DEVICE) -> Base:
     first = mesh if config.quantization == "none" else None
     loaded = load_pretrained(config.name, config.path, config.param_dtype, first)
     shape, module = configured(loaded.config, config)
+    if not any_kind:
+        check_decoder(module, config)
     _, axes = registry.describe(module)
     params = loaded.params
     if config.quantization != "none":
@@ -97,23 +118,22 @@ def load_base(config: ModelConfig, layout: MeshConfig = ONE_DEVICE) -> Base:
     return Base(shape, module, params, axes, loaded.tokenizer, identity, mesh)
 
 
-def configured(shape: Any, config: ModelConfig) -> tuple[Any, Decoder]:
-    """The shape of a model with the numerics of the config, and its module.
-
-    Raises:
-        UserError: the model is no decoder.
-    """
+def configured(shape: Any, config: ModelConfig) -> tuple[Any, nn.Module]:
+    """The shape of a model with the numerics of the config, and its module."""
     known = {field.name for field in dataclasses.fields(shape)}
     ours = {key: value for key, value in dataclasses.asdict(config).items() if key in known}
     shape = dataclasses.replace(shape, **ours)
-    module = registry.build(shape)
+    return shape, registry.build(shape)
+
+
+def check_decoder(module: nn.Module, config: ModelConfig) -> None:
+    """UserError unless the model continues text."""
     if not isinstance(module, Decoder):
         raise UserError(
             f"{config.name!r} is a {type(module).__name__}, which does not continue text",
             config.path or "model.name",
             "use a decoder, such as those of configs/models.py from smollm2_135m to gpt2_xl",
         )
-    return shape, module
 
 
 def _placed(axes: Params, mesh: Mesh, path: str, kernel: Any) -> Any:
@@ -206,20 +226,33 @@ def chosen_rows(task: Task, config: DataConfig, split: str) -> ChosenRows:
 
 
 def load_encoded(
-    label: str, predictor: Predictor, task_config: TaskConfig, config: DataConfig, split: str
+    label: str,
+    predictor: AnyPredictor,
+    task_config: TaskConfig,
+    config: DataConfig,
+    split: str,
+    cut: int | None = None,
 ) -> tuple[EncodedSet, dict[str, Any]]:
     """The examples of a split as the model is trained on them, and what became of the rows.
 
     They are tokenized once and kept in the cache, by all that they depend on.
+
+    Args:
+        label: of the task, for progress.
+        predictor: of the model.
+        task_config, config: name task and data.
+        split: of the data.
+        cut: see `encode_to`.
     """
     task, source = predictor.task, make_source(config)
     # A prompt is what its code says: a change there is another text.
     code = {*Path(prompts.__file__).parent.glob("*.py")}
-    code |= {Path(str(inspect.getsourcefile(kind))) for kind in (type(task), Predictor)}
+    kinds = (type(task), type(predictor), EncodedSet)
+    code |= {Path(str(inspect.getsourcefile(kind))) for kind in kinds}
     depends = [
         source.fingerprint(task.data, split),
         json.dumps([split, dataclasses.asdict(task_config)], sort_keys=True),
-        json.dumps([getattr(config, f"{split}_size"), config.seed, config.draw]),
+        json.dumps([getattr(config, f"{split}_size"), config.seed, config.draw, cut]),
         config.on_bad_row,
         predictor.tokenizer.fingerprint,
         sha256_of(code),
@@ -234,13 +267,42 @@ def load_encoded(
                 yield from task.read(rows, report, config.on_bad_row, on_row)
             about.update(vars(report), told=str(report))
 
-        write_set(folder, predictor.encode(examples()), about)
+        about["cut"] = about["lost"] = 0
+
+        def encoded() -> Iterator[Encoded]:
+            for example in encode_to(predictor, examples(), cut):
+                about["cut"] += example.lost > 0
+                about["lost"] += example.lost
+                yield example
+
+        write_set(folder, encoded(), about)
 
     sequences, about = read_set(Cache(config.cache).made("encoded", depends, make))
     if not len(sequences):
         where = f"{config.source} data, {task.data} {split}"
         raise UserError("no row gives an example", where, about["told"])
     return sequences, about
+
+
+def cut_of(config: TrainingConfig, window: int) -> int | None:
+    """Tokens beyond which training examples are cut as they are encoded, see `encode_to`."""
+    return min(config.row_length, window) if config.too_long == "truncate" else None
+
+
+def encode_to(
+    predictor: AnyPredictor, examples: Iterable[Example], cut: int | None
+) -> Iterator[Encoded]:
+    """The examples as the model is trained on them.
+
+    Args:
+        predictor: of the model.
+        examples: with their targets.
+        cut: tokens beyond which what an encoder reads, or a source and its answer, are cut;
+            None: none is. Prompts of decoders are cut later, see `data.encoded.fit_window`.
+    """
+    if isinstance(predictor, Predictor):
+        return predictor.encode(examples)
+    return predictor.encode(examples, cut)
 
 
 def check_overlap(config: DataConfig, label: str, split: str, keys: Any, train: Any) -> int:
@@ -269,8 +331,30 @@ def choose(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
 
 def make_predictor(
     base: Base, task: Task, task_config: TaskConfig, config: EvaluationConfig
-) -> Predictor:
+) -> AnyPredictor:
     """The way the base, adapted or not, is asked."""
+    if isinstance(base.config, ClassifierConfig):
+        return Classifier(
+            model=base.module,
+            tokenizer=base.tokenizer,
+            task=task,
+            batch_size=config.batch_size,
+            window=base.config.max_positions,
+            too_long=config.too_long,
+        )
+    if isinstance(base.module, EncoderDecoder):
+        return Responder(
+            model=base.module,
+            tokenizer=base.tokenizer,
+            task=task,
+            batch_size=config.batch_size,
+            window=getattr(base.config, "max_positions", UNBOUNDED),
+            max_new_tokens=task_config.max_new_tokens,
+            too_long=config.too_long,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=config.seed,
+        )
     return Predictor(
         model=base.module,
         tokenizer=base.tokenizer,

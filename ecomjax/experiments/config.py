@@ -36,7 +36,7 @@ from ecomjax.experiments.sections import (
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """One adapter for one task, or for a mixture of several."""
+    """One adapter, or one model trained in full, for one task or for a mixture of several."""
 
     experiment: Literal["finetune"]
     model: ModelConfig
@@ -218,6 +218,17 @@ def _check_finetune(finetune: FinetuneConfig) -> None:
             "config.adapter.pissa",
             "set config.model.quantization=none, or leave PiSSA out",
         )
+    if finetune.training.tune == "all":
+        for key, given, wanted in (
+            ("quantization", finetune.model.quantization, "none"),
+            ("param_dtype", finetune.model.param_dtype, "float32"),
+        ):
+            if given != wanted:
+                raise UserError(
+                    f"{given} parameters cannot be trained in full",
+                    f"config.model.{key}",
+                    f"set it to {wanted}, or config.training.tune=lora",
+                )
     mixture, weighed = finetune.mixture, finetune.mixture.weights
     unused = {
         "temperature": mixture.temperature != 1.0 and mixture.policy != "temperature",

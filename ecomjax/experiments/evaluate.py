@@ -16,14 +16,16 @@ from ecomjax.data.encoded import key_of
 from ecomjax.data.progress import counting
 from ecomjax.errors import UserError
 from ecomjax.evaluation.fewshot import Chooser
-from ecomjax.evaluation.predict import Demonstrations, Predictor
+from ecomjax.evaluation.predict import Demonstrations
 from ecomjax.evaluation.run import predictions_of_records, score, to_record
 from ecomjax.experiments import hosts
 from ecomjax.experiments.assembly import (
+    AnyPredictor,
     Base,
     check_overlap,
     check_settings,
     choose,
+    cut_of,
     load_base,
     load_encoded,
     load_examples,
@@ -40,11 +42,14 @@ from ecomjax.experiments.config import (
 )
 from ecomjax.experiments.files import jsonable, read_json, read_jsonl, write_json, write_jsonl
 from ecomjax.experiments.given import find_adapter, name_of, read_given, sha256_of_adapter
+from ecomjax.experiments.learners import with_head
 from ecomjax.experiments.partial import Partial
 from ecomjax.experiments.sections import EvaluationConfig, TaskConfig
+from ecomjax.experiments.tuning import read_head
 from ecomjax.experiments.workdir import Workdir
 from ecomjax.hf.files import sha256_of
 from ecomjax.hf.peft import read_adapter
+from ecomjax.models.heads import ClassifierConfig
 from ecomjax.tasks.base import Example, Task
 from ecomjax.tasks.registry import get_task
 from ecomjax.typing import Adapter
@@ -69,32 +74,56 @@ def run(config: FinetuneConfig | IclConfig | ScoreConfig, workdir: str) -> None:
         with folder.writing(config, ignore=(*ignored, "data.cache", "mesh")):
             _systems(config, folder)
     elif isinstance(config, FinetuneConfig):
-        if not folder.adapter.is_dir():
-            raise UserError("no adapter", str(folder.adapter), "train first, with launch.train")
+        whole = config.training.tune == "all"
+        trained = folder.model if whole else folder.adapter
+        if not trained.is_dir():
+            raise UserError(f"no {trained.name}", str(trained), "train first, with launch.train")
         with folder.writing(config, ignore=("evaluation", "data.cache", "mesh")):
-            _adapter(config, folder)
+            _trained(config, folder)
     else:
         ignored = ("evaluation.split", "evaluation.batch_size", "data.cache", "mesh")
         with folder.writing(config, ignore=ignored):
             _fewshot(config, folder)
 
 
-def _adapter(config: FinetuneConfig, folder: Workdir) -> None:
-    base = load_base(config.model, config.mesh)
-    adapter = read_adapter(folder.adapter, base.config, base.identity)
-    of = {"adapter": sha256_of_adapter(folder.adapter)}
+def _trained(config: FinetuneConfig, folder: Workdir) -> None:
+    """Scores what a run has trained."""
+    tasks = make_tasks(config.tasks)
+    base, variables = load_trained(config, tasks, folder)
+    # What is trained in full is the base itself, whose digest scores are kept with anyway.
+    of = {}
+    if config.training.tune == "lora":
+        of["adapter"] = sha256_of_adapter(folder.adapter)
+    if "lora" in variables and isinstance(base.config, ClassifierConfig):
+        of["head"] = sha256_of([folder.head])
     hosts.check_same("adapter", of)
     split = config.evaluation.split
-    variables = _adapted(base, adapter)
-    for label, task in make_tasks(config.tasks).items():
+    for label, task in tasks.items():
         asked = Asked(label, task, config.tasks[label])
         examples = load_examples(task, config.data, split)
         predictor = make_predictor(base, task, asked.config, config.evaluation)
-        train, _ = load_encoded(label, predictor, asked.config, config.data, "train")
+        cut = cut_of(config.training, predictor.window)
+        train, _ = load_encoded(label, predictor, asked.config, config.data, "train", cut)
         keys = [key_of(task.user(example)) for example in examples]
         facts = {"inputs_also_in_train": check_overlap(config.data, label, split, keys, train.keys)}
         where = folder, split
         _scored(asked, config.evaluation, base, variables, examples, (), *where, facts, of)
+
+
+def load_trained(
+    config: FinetuneConfig, tasks: Mapping[str, Task], folder: Workdir
+) -> tuple[Base, dict[str, Any]]:
+    """The model of a run, with its head if it has one, and its variables."""
+    if config.training.tune == "all":
+        model = dataclasses.replace(config.model, path=str(folder.model))
+        base = load_base(model, config.mesh, any_kind=True)
+        return base, {"params": base.params}
+    base = load_base(config.model, config.mesh, any_kind=True)
+    base = with_head(base, tasks, config.training.seed)
+    if isinstance(base.config, ClassifierConfig):
+        head = read_head(folder, base)
+        base = dataclasses.replace(base, params=base.params | {"head": head})
+    return base, _adapted(base, read_adapter(folder.adapter, base.config, base.identity))
 
 
 def _adapted(base: Base, adapter: Adapter) -> dict[str, Any]:
@@ -302,7 +331,7 @@ def _scored(
 
 
 def _predict(
-    predictor: Predictor,
+    predictor: AnyPredictor,
     variables: Any,
     examples: Sequence[Example],
     demonstrations: Sequence[Demonstrations],

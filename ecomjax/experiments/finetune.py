@@ -1,4 +1,4 @@
-"""One adapter for one task or several: data, adapter, loop, PEFT folder."""
+"""One adapter, or a model in full, for one task or several: data, loop, and what is kept of it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from ecomjax.data.packing import Plan, make_plan
 from ecomjax.data.pipeline import iterate, one_pass
 from ecomjax.data.sources import HubSource
 from ecomjax.errors import UserError
-from ecomjax.evaluation.predict import Predictor
 from ecomjax.experiments import hosts
 from ecomjax.experiments.assembly import (
+    AnyPredictor,
     Base,
     check_overlap,
     check_settings,
     choose,
+    cut_of,
+    encode_to,
     load_base,
     load_encoded,
     load_examples,
@@ -34,6 +36,14 @@ from ecomjax.experiments.assembly import (
 from ecomjax.experiments.config import FinetuneConfig
 from ecomjax.experiments.files import jsonable, read_json, write_json
 from ecomjax.experiments.initial import init_state, make_optimizer
+from ecomjax.experiments.learners import (
+    assemble_of,
+    check_suited,
+    kind_of,
+    known_kind,
+    loss_of,
+    with_head,
+)
 from ecomjax.experiments.sections import MixtureConfig
 from ecomjax.experiments.tuning import make_tuning
 from ecomjax.experiments.workdir import Workdir
@@ -41,7 +51,6 @@ from ecomjax.tasks.base import Example
 from ecomjax.training.checkpoint import Checkpoints
 from ecomjax.training.guards import Guard
 from ecomjax.training.loop import LoopOptions, fit
-from ecomjax.training.losses import causal_lm
 from ecomjax.training.step import make_loss_pass, make_train_step
 from ecomjax.training.writers import MetricsWriter, NoWriter
 
@@ -60,7 +69,7 @@ class TaskData:
     """What training has of a task.
 
     Attributes:
-        predictor: the way the model is asked.
+        predictor: the way that the model is asked.
         train: the training examples that fit a row.
         prefix: tokens that all of them open with.
         validation: examples that metrics are of.
@@ -68,7 +77,7 @@ class TaskData:
         facts: what is recorded of the data.
     """
 
-    predictor: Predictor
+    predictor: AnyPredictor
     train: EncodedSet
     prefix: int
     validation: list[Example]
@@ -77,9 +86,9 @@ class TaskData:
 
 
 def run(config: FinetuneConfig, workdir: str, allow: Sequence[str] = ()) -> None:
-    """Trains an adapter, or goes on where an interrupted run stopped.
+    """Trains an adapter or a whole model, or goes on where an interrupted run stopped.
 
-    The run folder then holds the adapter of the best evaluation in PEFT layout.
+    The run folder then holds that of the best evaluation, see `tuning.make_tuning`.
 
     Args:
         config: of the run; on resume, the same.
@@ -88,13 +97,17 @@ def run(config: FinetuneConfig, workdir: str, allow: Sequence[str] = ()) -> None
     """
     with Workdir(workdir).writing(config, ignore=NO_MATTER, allow=allow) as folder:
         tasks = make_tasks(config.tasks)
+        # Mistakes in the config and the data are told before a model is loaded.
         check_settings(config.tasks, config.evaluation)
-        # Mistakes in the mixture and the data are told before a model is loaded.
+        if kind := known_kind(config.model):
+            check_suited(kind, tasks, config)
         shares([1] * len(tasks), _mixture(config.mixture, list(tasks)))
         validation = {
             label: load_examples(task, config.data, "validation") for label, task in tasks.items()
         }
-        base = load_base(config.model, config.mesh)
+        base = load_base(config.model, config.mesh, any_kind=True)
+        check_suited(kind_of(base.config), tasks, config)
+        base = with_head(base, tasks, config.training.seed)
         data = {
             label: _prepare(
                 label,
@@ -126,21 +139,24 @@ def run(config: FinetuneConfig, workdir: str, allow: Sequence[str] = ()) -> None
 
 
 def _prepare(
-    label: str, predictor: Predictor, validation: list[Example], config: FinetuneConfig
+    label: str, predictor: AnyPredictor, validation: list[Example], config: FinetuneConfig
 ) -> TaskData:
     """The examples of a task, as they are trained on and evaluated."""
     settings, task_config = config.training, config.tasks[label]
     source = make_source(config.data)
-    encoded, about = load_encoded(label, predictor, task_config, config.data, "train")
     # A model knows no position past its own window, and would not say so.
     window = min(settings.row_length, predictor.window)
+    cut = cut_of(settings, window)
+    encoded, about = load_encoded(label, predictor, task_config, config.data, "train", cut)
     kept = fit_window(encoded, window, settings.too_long, f"{label} train")
     chosen = choose(validation, settings.validation_examples, settings.seed)
     predictor.fitted(chosen)  # What cannot be asked is told now, and not after an epoch.
-    encoded_validation = EncodedSet.of(predictor.encode(chosen))
+    encoded_validation = EncodedSet.of(encode_to(predictor, chosen, cut))
     held_out = fit_window(encoded_validation, window, settings.too_long, f"{label} validation")
-    prefix = shared_prefix(kept.sequences)
+    prefix = shared_prefix(kept.sequences) if settings.packing == "shared_prefix" else 0
     say(f"{label}: {about['told']}")
+    if about["cut"]:
+        say(f"{label}: {about['cut']} inputs cut to the window, {about['lost']} tokens lost")
     say(f"{label}: {_told(kept)}, window of {window} tokens, {prefix} of them in common")
     if held_out.dropped or held_out.truncated:
         say(f"{label} validation loss: {_told(held_out)}")
@@ -237,9 +253,10 @@ def _train(
     tuning = make_tuning(config, base, init_key)
     state, lies = init_state(tuning.trained, optimizer, dropout_key, mesh)
     labels = list(data) if len(data) > 1 else []
-    loss = causal_lm(base.module, len(labels), tuning.variables_of)
-    loss_pass = make_loss_pass(causal_lm(base.module, variables_of=tuning.variables_of))
-    layout = (settings.packing, settings.row_length, settings.batch_size, rows)
+    loss = loss_of(base, tuning.variables_of, len(labels))
+    loss_pass = make_loss_pass(loss_of(base, tuning.variables_of))
+    assemble = assemble_of(base)
+    layout = (settings.packing, settings.row_length, settings.batch_size, rows, assemble)
     held_out = {label: one_pass(found.held_out, *layout) for label, found in data.items()}
 
     def evaluate(trained: Any) -> Mapping[str, float]:
@@ -288,6 +305,7 @@ def _train(
                 train,
                 rows,
                 *placement.row_share(mesh),
+                assemble,
                 place=lambda batch: placement.shard_rows(batch, mesh, axis=1, share=True),
             ),
             evaluate,

@@ -173,8 +173,10 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """Batches, packing, evaluation and checkpoints while training."""
+    """What is trained; batches, packing, evaluation and checkpoints while training."""
 
+    tune: Literal["lora", "all"] = "lora"
+    """An adapter, with an encoder's head; or every parameter of the model."""
     epochs: Positive = 3
     batch_size: Positive = 16
     """Examples of an optimizer step."""

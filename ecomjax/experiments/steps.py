@@ -18,7 +18,8 @@ from ecomjax.adapters.quantize import quantize
 from ecomjax.decoding import continuous, prefix, score
 from ecomjax.decoding.batches import Rows
 from ecomjax.decoding.generate import GenerateOptions
-from ecomjax.experiments.assembly import configured
+from ecomjax.errors import UserError
+from ecomjax.experiments.assembly import check_decoder, configured
 from ecomjax.experiments.config import FinetuneConfig, IclConfig
 from ecomjax.experiments.initial import describe_state, make_optimizer, make_rules
 from ecomjax.experiments.sections import ModelConfig
@@ -105,6 +106,7 @@ def _traced(function: Any, mesh: Mesh, *args: Any) -> jax.stages.Traced:
 
 def _describe(config: ModelConfig, mesh: Mesh) -> _Base:
     shape, module = configured(load_config(config.name, config.path), config)
+    check_decoder(module, config)
     params, axes = registry.describe(module)
     products = head = 0.0
     for path, leaf in trees.flatten(axes).items():
@@ -153,6 +155,8 @@ def useful_flops_of(
 
 
 def _training(config: FinetuneConfig, base: _Base) -> Step:
+    if config.training.tune != "lora":
+        raise UserError("plans are of training adapters", "config.training.tune", "set it to lora")
     rows = config.training.rows * sharding.row_parts(base.mesh)
     length = config.training.row_length
     # What an adapter starts from, which PiSSA reads the weights for, does not change a step.

@@ -7,16 +7,23 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from ecomjax import placement
+from ecomjax import placement, trees
 from ecomjax.adapters import lora
+from ecomjax.errors import UserError
 from ecomjax.experiments import hosts
 from ecomjax.experiments.assembly import Base
 from ecomjax.experiments.config import FinetuneConfig
 from ecomjax.experiments.initial import init_adapter, make_rules
 from ecomjax.experiments.workdir import Workdir
+from ecomjax.hf.checkpoints import save_pretrained
 from ecomjax.hf.peft import write_adapter
-from ecomjax.training.losses import VariablesOf, adapted
+from ecomjax.hf.safetensors_io import SafetensorsFile, write_file
+from ecomjax.models.heads import ClassifierConfig
+from ecomjax.training import losses
+from ecomjax.training.losses import VariablesOf
 from ecomjax.typing import Params
 
 
@@ -38,7 +45,13 @@ class Tuning:
 
 
 def make_tuning(config: FinetuneConfig, base: Base, key: jax.Array) -> Tuning:
-    """An adapter to the base, see `adapters.lora.init`; it is written in the layout of PEFT."""
+    """What the config says is trained.
+
+    All parameters are written as a folder of Hugging Face; an adapter (see `adapters.lora.init`)
+    in the layout of PEFT, and the head of an encoder, which is trained with it, beside it.
+    """
+    if config.training.tune == "all":
+        return _all(base)
     mesh = base.mesh
     params, adapter = init_adapter(base.params, base.axes, make_rules(config.adapter), key, mesh)
     start = jax.device_get(placement.gather(adapter, mesh))  # Training takes over the arrays.
@@ -49,4 +62,49 @@ def make_tuning(config: FinetuneConfig, base: Base, key: jax.Array) -> Tuning:
         whole = lora.since(lora.join(best, placement.gather(fixed, mesh)), start)
         hosts.on_main(lambda: write_adapter(folder.adapter, whole, base.config, base.identity))
 
-    return Tuning(trained, {"params": params, "fixed": fixed}, adapted, write)
+    if not isinstance(base.config, ClassifierConfig):
+        return Tuning(trained, {"params": params, "fixed": fixed}, losses.adapted, write)
+
+    def write_both(best: Any, folder: Workdir) -> None:
+        hosts.on_main(lambda: write_head(folder, best["head"]))
+        write(best["adapter"], folder)
+
+    # Training takes over these arrays too, and the base is used again.
+    both = {"adapter": trained, "head": jax.tree.map(jnp.copy, params["head"])}
+    frozen = {"params": {"encoder": params["encoder"]}, "fixed": fixed}
+    return Tuning(both, frozen, losses.adapted_under_head, write_both)
+
+
+def _all(base: Base) -> Tuning:
+    """Every parameter of the base, which itself stays as it is."""
+
+    def write(best: Any, folder: Workdir) -> None:
+        hosts.on_main(lambda: save_pretrained(folder.model, base.config, best, base.tokenizer))
+
+    return Tuning(jax.tree.map(jnp.copy, base.params), {}, losses.whole, write)
+
+
+def write_head(folder: Workdir, head: Params) -> None:
+    """Writes the parameters of a head into the run folder, all or nothing."""
+    arrays = {path: np.asarray(leaf) for path, leaf in trees.flatten(head).items()}
+    shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in arrays.items()}
+    write_file(folder.head, shapes, arrays.items())
+
+
+def read_head(folder: Workdir, base: Base) -> Params:
+    """The parameters of the head in a run folder, on their devices.
+
+    Raises:
+        UserError: there is none, or it is no head of this base.
+    """
+    if not folder.head.is_file():
+        raise UserError("no head", str(folder.head), "train again, in another --workdir")
+    own = trees.flatten(base.params["head"])
+    file = SafetensorsFile(folder.head)
+    if {path: leaf.shape for path, leaf in own.items()} != {p: file[p].shape for p in file}:
+        raise UserError(
+            "the head has other shapes than the task's", str(folder.head), "use its own config"
+        )
+    head = {path: file[path] for path in own}
+    lies = {path: leaf.sharding for path, leaf in own.items()}
+    return placement.shard_params(trees.unflatten(head), trees.unflatten(lies))

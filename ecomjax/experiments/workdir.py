@@ -5,8 +5,9 @@ run.json                            run id, and for every start of the command: 
                                     versions, devices, what else the experiment tells
 checkpoints/                        training state, see `ecomjax.training.checkpoint`
 adapter/                            the adapter in PEFT layout
-model/, merge.json, export.json     a base with adapters fused in; how adapters were merged, or
-                                    which one was exported
+head.safetensors                    the head of an encoder that an adapter was trained with
+model/, merge.json, export.json     a model trained in full, or a base with adapters fused in; how
+                                    adapters were merged, or which one was exported
 metrics.jsonl, tensorboard/         see `ecomjax.training.writers`
 skipped.json                        examples of the steps that training could not learn from
 eval/<task>/<split>.metrics.json    scores, and .predictions.jsonl the examples behind them;
@@ -75,6 +76,7 @@ class Workdir:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
+        self.head = self.path / "head.safetensors"
         self.model = self.path / "model"
         self.merge = self.path / "merge.json"
         self.export = self.path / "export.json"

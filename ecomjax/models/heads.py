@@ -95,6 +95,12 @@ class SequenceClassifier(nn.Module):
         """Logits from the hidden states of first tokens."""
         return self.head(hidden, adapter_index)
 
+    def of_slots(self, tokens, positions, segment_ids, token_types=None, adapter_index=None):
+        """Logits [B, T, C] as if a sequence started at every slot: where classes stand in rows
+        of any number of sequences, the others are given no weight."""
+        hidden = self.encoder(tokens, positions, segment_ids, token_types, adapter_index)
+        return self.classify(hidden, adapter_index)
+
     def everything(self, tokens, positions, segment_ids):
         """Logits of each row's first slot; touches every parameter, for initialisation."""
         return self(tokens, positions, segment_ids, jnp.zeros_like(tokens[:, :1]))
@@ -130,6 +136,10 @@ class TokenClassifier(nn.Module):
     ) -> Float[Array, "B T C"]:
         """Logits from hidden states."""
         return self.head(hidden, adapter_index)
+
+    def of_slots(self, tokens, positions, segment_ids, token_types=None, adapter_index=None):
+        """What calling it returns; see `SequenceClassifier`."""
+        return self(tokens, positions, segment_ids, token_types, adapter_index)
 
     def everything(self, tokens, positions, segment_ids):
         """Logits; touches every parameter, for initialisation."""

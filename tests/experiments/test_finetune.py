@@ -18,13 +18,13 @@ from ecomjax.experiments import evaluate, finetune
 from ecomjax.experiments.assembly import load_base
 from ecomjax.experiments.config import to_dict
 from ecomjax.experiments.files import read_json, read_jsonl
+from ecomjax.experiments.learners import loss_of
 from ecomjax.hf.checkpoints import load_pretrained
 from ecomjax.hf.files import sha256_of
 from ecomjax.hf.peft import read_adapter
 from ecomjax.hf.tokenizer import Tokenizer
 from ecomjax.tasks.esci import Esci
 from ecomjax.training.checkpoint import Checkpoints
-from ecomjax.training.losses import causal_lm
 
 STEPS = 12
 SECRETS = ("of-the-model-hub-7f3a", "of-the-tracker-91bc", "of-the-proxy-55de")
@@ -117,7 +117,7 @@ def test_no_example_is_longer_than_the_model_knows_positions(make_config, tmp_pa
     """Tables of positions would give the last one for all that follow, in silence."""
     short = load_base(make_config("finetune").model)
     short = dataclasses.replace(short, config=dataclasses.replace(short.config, max_positions=64))
-    monkeypatch.setattr(finetune, "load_base", lambda *_: short)
+    monkeypatch.setattr(finetune, "load_base", lambda *_, **__: short)
     with pytest.raises(UserError, match="no example fits the window of 64 tokens"):
         finetune.run(make_config("finetune"), str(tmp_path))
 
@@ -234,8 +234,8 @@ def test_f10_another_base_or_tokenizer_is_refused(config, train, trained, conten
     class Other(Tokenizer):
         fingerprint = "0" * 64
 
-    def changed(*arguments):
-        base = load(*arguments)
+    def changed(*arguments, **options):
+        base = load(*arguments, **options)
         identity = dataclasses.replace(base.identity, sha256="f" * 64)
         tokenizer = copy.copy(base.tokenizer)
         tokenizer.__class__ = Other
@@ -255,7 +255,7 @@ def test_f33_a_run_without_a_finite_loss_stops_and_names_the_examples(
     config = make_config("finetune", changes=changes)
 
     def broken(*arguments, **options):
-        loss = causal_lm(*arguments, **options)
+        loss = loss_of(*arguments, **options)
 
         def of_batch(*arguments):
             total, weight, aux = loss(*arguments)
@@ -263,7 +263,7 @@ def test_f33_a_run_without_a_finite_loss_stops_and_names_the_examples(
 
         return of_batch
 
-    monkeypatch.setattr(finetune, "causal_lm", broken)
+    monkeypatch.setattr(finetune, "loss_of", broken)
     with pytest.raises(UserError, match=r"steps 1 to 3.*skipped\.json"):
         train(config, tmp_path)
     named = read_json(tmp_path / "skipped.json")

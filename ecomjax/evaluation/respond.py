@@ -1,0 +1,133 @@
+"""Predictions of an encoder-decoder on the examples of a task: a source in, an answer out."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import flax.linen as nn
+
+from ecomjax.data.encoded import Encoded, key_of
+from ecomjax.decoding.generate import GenerateOptions, generate
+from ecomjax.errors import UserError
+from ecomjax.evaluation.encode import EncodedSource, SourceTokenizer, encode_source
+from ecomjax.evaluation.predict import Demonstrations, Prediction
+from ecomjax.tasks.base import Example, Task
+
+LEAST = 16
+"""Tokens that are left of a source, at least, where it is cut for its answer to fit beside it."""
+
+
+@runtime_checkable
+class Tokenizer(SourceTokenizer, Protocol):
+    """What is asked of an encoder-decoder's tokenizer; `hf.tokenizer.Tokenizer` is one."""
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Responder:
+    """An encoder-decoder, its tokenizer and the task whose answers it writes.
+
+    Attributes:
+        model: a `models.encoder_decoder.EncoderDecoder`.
+        tokenizer: of the model.
+        task: what is asked, by `Task.source`; what is written is read by `Task.parse`.
+        batch_size: sources at once.
+        window: most tokens of a source, and of an answer with the tokens that open it.
+        max_new_tokens: of an answer.
+        too_long: what becomes of longer sources: "raise", or "truncate", which cuts their ends.
+        temperature, top_p, seed: see `GenerateOptions`.
+    """
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    task: Task
+    batch_size: int
+    window: int
+    max_new_tokens: int
+    too_long: Literal["truncate", "raise"] = "raise"
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """Tokens that answers open with."""
+        bound: Any = self.model
+        return bound.config.start
+
+    def encode(self, examples: Iterable[Example], cut: int | None = None) -> Iterator[Encoded]:
+        """The examples as the model is trained on them: source, answer, end.
+
+        Args:
+            examples: with their targets.
+            cut: tokens that a source and its answer may have together; longer sources are cut.
+                None: none is. An answer that leaves a source less than `LEAST` is left as it is.
+        """
+        for example in examples:
+            found = encode_source(self.task, example, self.tokenizer, sys.maxsize)
+            room = (cut or sys.maxsize) - len(found.target)
+            if LEAST <= room < len(found.source):
+                found = encode_source(self.task, example, self.tokenizer, room)
+            tokens, key = (*found.source, *found.target), key_of(self.task.user(example))
+            yield Encoded(example.id, tokens, len(found.source), key, lost=found.lost)
+
+    def fitted(self, examples: Sequence[Example]) -> list[EncodedSource]:
+        """The sources as the model reads them.
+
+        Raises:
+            UserError: one is longer than the window, and is not to be cut.
+        """
+        cut = self.window if self.too_long == "truncate" else sys.maxsize
+        found = [encode_source(self.task, each, self.tokenizer, cut) for each in examples]
+        for example, encoded in zip(examples, found, strict=True):
+            if len(encoded.source) > self.window:
+                raise UserError(
+                    f"source of {len(encoded.source)} tokens in a window of {self.window}",
+                    f"{self.task.name}, example {example.id}",
+                    "use shorter inputs, or set config.evaluation.too_long=truncate",
+                )
+        return found
+
+    def predict(
+        self,
+        variables: Any,
+        examples: Sequence[Example],
+        demonstrations: Sequence[Demonstrations] = (),
+        on_done: Callable[[int], None] = lambda count: None,
+    ) -> list[Prediction]:
+        """Predictions for the examples, in their order; none depends on the others.
+
+        Args:
+            variables: {"params": ..., "lora": ...}.
+            examples: what to answer.
+            demonstrations: none; sources show none.
+            on_done: called with the number of examples just finished.
+
+        Raises:
+            UserError: see `fitted`; an answer may be longer than the window.
+        """
+        if any(demonstrations):
+            raise TypeError("sources show no demonstrations")
+        sources = self.fitted(examples)
+        options = GenerateOptions(
+            max_new_tokens=self.max_new_tokens,
+            end=self.tokenizer.eos_id,
+            batch_size=self.batch_size,
+            window=self.window,
+            start=self.start,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
+        prompts = [each.source for each in sources]
+        numbers = [key_of(example.id) % 2**32 for example in examples]
+        answers = generate(self.model, variables, prompts, options, on_done, numbers=numbers)
+        texts = [self.tokenizer.decode(answer.tokens) for answer in answers]
+        return [
+            Prediction(self.task.parse(text, example), text, {}, source.lost)
+            for text, example, source in zip(texts, examples, sources, strict=True)
+        ]
