@@ -147,6 +147,7 @@ def training(tasks: list[str], smoke: bool = False) -> ConfigDict:
     return ConfigDict(
         {
             "tune": "lora",
+            "dropout": 0.0,
             "epochs": 1 if smoke else 3,
             "batch_size": 16,
             "row_length": max(TASKS[task]["row_length"] for task in tasks),

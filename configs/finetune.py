@@ -38,6 +38,7 @@ def _as_encoder(config: Any, tasks: list[str], smoke: bool) -> None:
     config.training.update(
         {
             "tune": "all",
+            "dropout": 0.1,
             "epochs": 1 if smoke else 4,
             "batch_size": 32,
             "row_length": max(common.ENCODER_ROWS.get(task, 512) for task in tasks),

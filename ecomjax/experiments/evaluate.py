@@ -119,7 +119,7 @@ def load_trained(
         base = load_base(model, config.mesh, any_kind=True)
         return base, {"params": base.params}
     base = load_base(config.model, config.mesh, any_kind=True)
-    base = with_head(base, tasks, config.training.seed)
+    base = with_head(base, tasks, config.training)
     if isinstance(base.config, ClassifierConfig):
         head = read_head(folder, base)
         base = dataclasses.replace(base, params=base.params | {"head": head})

@@ -107,7 +107,7 @@ def run(config: FinetuneConfig, workdir: str, allow: Sequence[str] = ()) -> None
         }
         base = load_base(config.model, config.mesh, any_kind=True)
         check_suited(kind_of(base.config), tasks, config)
-        base = with_head(base, tasks, config.training.seed)
+        base = with_head(base, tasks, config.training)
         data = {
             label: _prepare(
                 label,

@@ -22,7 +22,7 @@ from ecomjax.errors import UserError
 from ecomjax.evaluation.classify import classifies
 from ecomjax.experiments.assembly import Base, say
 from ecomjax.experiments.config import FinetuneConfig
-from ecomjax.experiments.sections import ModelConfig
+from ecomjax.experiments.sections import ModelConfig, TrainingConfig
 from ecomjax.hf.checkpoints import load_config
 from ecomjax.models import registry
 from ecomjax.models.bart import BartConfig
@@ -58,6 +58,12 @@ def known_kind(config: ModelConfig) -> Kind | None:
 
 def check_suited(kind: Kind, tasks: Mapping[str, Task], config: FinetuneConfig) -> None:
     """UserError unless models of this kind can be trained for the tasks as the config says."""
+    if kind != "encoder" and config.training.dropout:
+        raise UserError(
+            f"{config.model.name} is no encoder, whose hidden states are dropped",
+            "config.training.dropout",
+            "set it to 0, and config.adapter.dropout for adapters",
+        )
     if kind == "decoder":
         return
     name = f"{config.model.name} is an {kind.replace('_', '-')}"
@@ -96,7 +102,7 @@ def _check_classes(name: str, tasks: Mapping[str, Task]) -> None:
         )
 
 
-def with_head(base: Base, tasks: Mapping[str, Task], seed: int) -> Base:
+def with_head(base: Base, tasks: Mapping[str, Task], config: TrainingConfig) -> Base:
     """A base that is trained for the tasks: of an encoder, one with a head for its task.
 
     A head for the same classes is kept, as in a checkpoint of such a run; another one is left
@@ -107,20 +113,21 @@ def with_head(base: Base, tasks: Mapping[str, Task], seed: int) -> Base:
     (task,) = tasks.values()
     wanted, labels = _classes_of(task)
     if type(base.config) is wanted and base.config.labels == labels:
-        return base
+        shape = dataclasses.replace(base.config, dropout=config.dropout)
+        return dataclasses.replace(base, config=shape, module=registry.build(shape))
     encoder = base.params
     if isinstance(base.config, ClassifierConfig):
         say(f"the head for {', '.join(base.config.labels)} is replaced by a new one")
         encoder = base.params["encoder"]
     shared = {f.name: getattr(base.config, f.name) for f in dataclasses.fields(BertConfig)}
-    config = wanted(**shared, labels=labels)
-    module = registry.build(config)
+    shape = wanted(**shared | {"dropout": config.dropout}, labels=labels)
+    module = registry.build(shape)
     shapes, axes = registry.describe(module)
-    head = with_new_head(module, {}, jax.random.key(seed))["head"]
+    head = with_new_head(module, {}, jax.random.key(config.seed))["head"]
     specs, _ = sharding.specs(axes["head"], shapes["head"], base.mesh)
     head = placement.shard_params(head, sharding.shardings(specs, base.mesh))
     params = {"encoder": encoder, "head": head}
-    return dataclasses.replace(base, config=config, module=module, params=params, axes=axes)
+    return dataclasses.replace(base, config=shape, module=module, params=params, axes=axes)
 
 
 def _classes_of(task: Task) -> tuple[type[ClassifierConfig], tuple[str, ...]]:

@@ -177,6 +177,8 @@ class TrainingConfig:
 
     tune: Literal["lora", "all"] = "lora"
     """An adapter, with an encoder's head; or every parameter of the model."""
+    dropout: Rate = 0.0
+    """Of an encoder's hidden states; adapters have their own."""
     epochs: Positive = 3
     batch_size: Positive = 16
     """Examples of an optimizer step."""

@@ -46,6 +46,8 @@ class BertConfig(ModelConfig):
     """Kinds of sequences in a pair that have embeddings; 0 where there are none."""
     norm_eps: float = 1e-12
     activation: str = "gelu"
+    dropout: float = 0.0
+    """Of embeddings and of what each half of a layer adds, where a "dropout" key is given."""
 
     @property
     def head_dim(self) -> int:
@@ -74,10 +76,11 @@ class Block(nn.Module):
         feed_forward = FeedForward(
             c.width, c.ffn, c.activation, gated=False, use_bias=True, name="mlp", **c.types
         )
+        dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
         out, _ = attention(x, view, None, adapter_index)
-        x = LayerNorm(c.norm_eps, name="attn_norm", **c.types)(x + out)
+        x = LayerNorm(c.norm_eps, name="attn_norm", **c.types)(x + dropout(out))
         out = feed_forward(x, adapter_index)
-        return LayerNorm(c.norm_eps, name="mlp_norm", **c.types)(x + out), None
+        return LayerNorm(c.norm_eps, name="mlp_norm", **c.types)(x + dropout(out)), None
 
 
 class Bert(nn.Module):
@@ -93,6 +96,7 @@ class Bert(nn.Module):
         if c.token_types:
             self.type_embed = Embed(c.token_types, c.width, "types", **c.types)
         self.embed_norm = LayerNorm(c.norm_eps, **c.types)
+        self.dropout = nn.Dropout(c.dropout)
         self.layers = stack(Block, c, c.layers, {"__call__": 2})
 
     def __call__(
@@ -119,7 +123,8 @@ class Bert(nn.Module):
             types = jnp.zeros_like(tokens) if token_types is None else token_types
             x += self.type_embed(jnp.minimum(types, c.token_types - 1))
         view = View(make_bidirectional_mask(segment_ids))
-        x, _ = run(self.layers, self.embed_norm(x), None, view, adapter_index)
+        x = self.dropout(self.embed_norm(x), deterministic=not self.has_rng("dropout"))
+        x, _ = run(self.layers, x, None, view, adapter_index)
         return x
 
     def everything(self, tokens, positions, segment_ids):

@@ -106,6 +106,7 @@ def test_eight_examples_are_learnt_by_heart(configured, run, tmp_path):
         "data.train_size": 8,
         "evaluation.split": "train",
         "training.epochs": 40,
+        "training.dropout": 0.0,
         "training.batch_size": 8,
         "training.evaluate_every": 100,
         "training.checkpoint_every": 100,
@@ -185,7 +186,7 @@ def test_an_adapter_is_trained_with_a_head_and_both_read_back(
     assert inner == pytest.approx(outer)
     head = SafetensorsFile(tmp_path / "head.safetensors")
     base = load_base(config.model, any_kind=True)
-    start = learners.with_head(base, make_tasks(config.tasks), config.training.seed)
+    start = learners.with_head(base, make_tasks(config.tasks), config.training)
     assert {*head} == {"out/kernel", "out/bias"}
     assert np.abs(head["out/kernel"] - start.params["head"]["out"]["kernel"]).max() > 1e-3
     (tmp_path / "head.safetensors").unlink()
@@ -241,8 +242,9 @@ def test_what_cannot_be_trained_in_full_is_told(configured, changes, match):
 def test_a_head_for_the_same_classes_is_kept_and_another_replaced(configured, trained, capsys):
     config = configured("queryner", {"model.path": str(trained / "model")})
     base = load_base(config.model, any_kind=True)
-    assert learners.with_head(base, make_tasks(config.tasks), 0) is base
-    pairs = learners.with_head(base, {"esci": get_task("esci")}, 0)
+    kept = learners.with_head(base, make_tasks(config.tasks), config.training)
+    assert kept.params is base.params and kept.config.dropout == config.training.dropout > 0
+    pairs = learners.with_head(base, {"esci": get_task("esci")}, config.training)
     assert type(base.config) is TokenClassifierConfig
     assert type(pairs.config) is SequenceClassifierConfig and pairs.config.labels == LABELS
     assert pairs.params["encoder"] is base.params["encoder"]

@@ -286,3 +286,23 @@ def test_rows_choose_among_adapters(tokens):
     mixed = tiny.hidden(tokens, lora=many, index=index)
     for row, i in enumerate(index):
         assert_close(mixed[row], tiny.hidden(tokens, lora=adapters[i])[row])
+
+
+def test_dropout_is_of_training_alone():
+    """Without a key nothing is dropped; with one, other things in every layer and every draw."""
+    tokens = RNG.integers(0, V, (B, T)).astype(np.int32)
+    dropping, plain = make(dropout=0.4), make()
+    count = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    rows = jnp.asarray(tokens), count, jnp.ones((B, T), jnp.int32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def drawn(model, seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return model.apply({"params": plain.params}, *rows, rngs=rngs)
+
+    expected = plain.hidden(tokens)
+    np.testing.assert_allclose(dropping.hidden(tokens), expected, atol=1e-5)
+    np.testing.assert_allclose(drawn(plain.model, 0), expected, atol=1e-5)
+    first, again, other = (np.asarray(drawn(dropping.model, seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - expected).max() > 0.1 < np.abs(first - other).max()
