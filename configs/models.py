@@ -66,5 +66,11 @@ DEFAULT = "smollm2_135m"
 
 
 def get(name: str) -> ConfigDict:
-    shared = {"name": name, "path": "", "dispatch": "ragged", "quantization": "none"}
+    shared = {
+        "name": name,
+        "path": "",
+        "dispatch": "ragged",
+        "quantization": "none",
+        "kv_cache": "compute",
+    }
     return ConfigDict(shared | PRESETS[name])

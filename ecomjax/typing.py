@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int, Int8
 
 Params = dict[str, Any]
 """Nested dict of arrays (or of quantized kernels): the weights of a model."""
@@ -72,6 +72,35 @@ class PairBatch(Batch):
     source_segment_ids: Int[Array, "*B S"] | None = None
 
 
+class Int8Vectors(flax.struct.PyTreeNode):
+    """Vectors of H numbers as int8, each with a scale of its own, by its largest magnitude.
+
+    A number is `levels * scale`, off by at most half of `scale`. Both arrays have the axes of
+    the vectors, so that slots, rows and layers of them are cut and joined as those of an array.
+    """
+
+    levels: Int8[Array, "*B H"]
+    scale: Float32[Array, "*B 1"]
+
+    @classmethod
+    def of(cls, vectors: Float[Array, "*B H"]) -> Int8Vectors:
+        """The nearest to these vectors."""
+        exact = vectors.astype(jnp.float32)
+        scale = jnp.abs(exact).max(axis=-1, keepdims=True) / jnp.float32(127)
+        # A vector of zeros has no scale to be divided by.
+        levels = jnp.round(exact / jnp.where(scale > 0, scale, jnp.float32(1)))
+        return cls(levels.astype(jnp.int8), scale)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the vectors."""
+        return self.levels.shape
+
+    def astype(self, dtype: Any) -> Float[Array, "*B H"]:
+        """The vectors as an array."""
+        return (self.levels.astype(jnp.float32) * self.scale).astype(dtype)
+
+
 class KVCache(flax.struct.PyTreeNode):
     """Keys and values of the slots seen so far; passed in and returned, never hidden.
 
@@ -81,8 +110,8 @@ class KVCache(flax.struct.PyTreeNode):
     (segment 0), which no query attends to.
     """
 
-    keys: Float[Array, "L B K S H"]
-    values: Float[Array, "L B K S H"]
+    keys: Float[Array, "L B K S H"] | Int8Vectors
+    values: Float[Array, "L B K S H"] | Int8Vectors
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
     length: Int[Array, ""]

@@ -133,7 +133,8 @@ def _reordered(cache: KVCache, parents: Int[Array, "B beams"], prompt_slots: int
         new = x[:, :, :, prompt_slots:][:, rows]
         return jax.lax.dynamic_update_slice(x, new, (0, 0, 0, prompt_slots, 0))
 
-    return cache.replace(keys=move(cache.keys), values=move(cache.values))
+    keys, values = jax.tree.map(move, (cache.keys, cache.values))
+    return cache.replace(keys=keys, values=values)
 
 
 def _for_each_beam(held: Any, beams: int) -> Any:

@@ -172,8 +172,8 @@ def refill(
         return old.at[:, places, :, new:].set(fresh, mode="drop")
 
     cache = s.cache.replace(
-        keys=put_slots(s.cache.keys, filled.keys),
-        values=put_slots(s.cache.values, filled.values),
+        keys=jax.tree.map(put_slots, s.cache.keys, filled.keys),
+        values=jax.tree.map(put_slots, s.cache.values, filled.values),
         positions=put(s.cache.positions, behind_drawn(filled.positions)),
         segment_ids=put(s.cache.segment_ids, behind_drawn(filled.segment_ids)),
     )

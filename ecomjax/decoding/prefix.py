@@ -74,9 +74,10 @@ def of_rows(prefix: KVCache, adapter: Int[Array, "B"] | None) -> KVCache:
     """The prefix that each row sees: of one row for all, or of the row of its adapter."""
     if adapter is None:
         return prefix
+    keys, values = jax.tree.map(lambda x: x[:, adapter], (prefix.keys, prefix.values))
     return prefix.replace(
-        keys=prefix.keys[:, adapter],
-        values=prefix.values[:, adapter],
+        keys=keys,
+        values=values,
         positions=prefix.positions[adapter],
         segment_ids=prefix.segment_ids[adapter],
     )

@@ -36,6 +36,8 @@ class ModelConfig:
     """How tokens reach their experts, where a model has some."""
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Of the linear layers, which are frozen; see `adapters.quantize`."""
+    kv_cache: Literal["compute", "int8"] = "compute"
+    """How the keys and values of prompts and answers are held: as computed, or as int8."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,24 +11,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ecomjax.models.cache import StackedCache
 from ecomjax.models.layers import Linear
 from ecomjax.models.rope import rotate
-from ecomjax.sharding import constrain
-from ecomjax.typing import PADDING_SEGMENT, SHARED_SEGMENT, KVCache
+from ecomjax.typing import PADDING_SEGMENT, SHARED_SEGMENT, Int8Vectors
 
 
 class KeyValues(NamedTuple):
     """Keys and values of one layer, as attention reads them; B is 1 where all rows share them."""
 
-    keys: Float[Array, "B K S H"]
-    values: Float[Array, "B K S H"]
-
-
-class StackedCache(NamedTuple):
-    """The caches of all layers, carried through them; each layer updates its own slots."""
-
-    keys: Float[Array, "L B K S H"]
-    values: Float[Array, "L B K S H"]
+    keys: Float[Array, "B K S H"] | Int8Vectors
+    values: Float[Array, "B K S H"] | Int8Vectors
 
 
 def make_mask(
@@ -260,16 +253,11 @@ class Attention(nn.Module):
             q, k = self.normed("q_norm")(q), self.normed("k_norm")(k)
         if view.rotation is not None:
             q, k = rotate(q, *view.rotation), rotate(k, *view.rotation)
-        own = KeyValues(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        own = KeyValues(k, v)
         if cache is not None:
-            start: Any = (view.layer, 0, 0, view.first_slot, 0)
-            cache = StackedCache(
-                *(
-                    jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), start)
-                    for stack, new in zip(cache, own, strict=True)
-                )
-            )
-            own = KeyValues(*(stack[view.layer] for stack in cache))
+            cache = cache.written(view.layer, view.first_slot, k, v)
+            own = KeyValues(*jax.tree.map(lambda stack: stack[view.layer], cache))
         parts = [(own, view.mask)] if view.prefix is None else [view.prefix, (own, view.mask)]
         out = attend(q, parts, scale=self.scale, softcap=self.softcap, bias=view.bias)
         axes = ("heads", "head_dim", "embed")
@@ -324,20 +312,3 @@ class CrossAttention(nn.Module):
         """Output for what is remembered of the sources, and the slots of them each x sees."""
         q = self.q(x, adapter_index)
         return self.o(attend(q, [sources], scale=self.scale), adapter_index)
-
-
-def empty_cache(
-    layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any
-) -> KVCache:
-    """A cache with no slot filled; memory is 2 L B S K H values."""
-    shape, axes = (
-        (layers, batch, kv_heads, slots, head_dim),
-        (None, "batch", "kv_heads", None, None),
-    )
-    return KVCache(
-        keys=constrain(jnp.zeros(shape, dtype), axes),
-        values=constrain(jnp.zeros(shape, dtype), axes),
-        positions=jnp.zeros((batch, slots), jnp.int32),
-        segment_ids=jnp.full((batch, slots), PADDING_SEGMENT, jnp.int32),
-        length=jnp.zeros((), jnp.int32),
-    )

@@ -20,6 +20,14 @@ class ModelConfig:
     """Scan over stacked layers (compiles once) or, for debugging, unroll named ones."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, everything."""
+    kv_cache: Literal["compute", "int8"] = "compute"
+    """How a cache holds keys and values: in `compute_dtype`, or as `ecomjax.typing.Int8Vectors`.
+    Those that a decoder has of its sources stay in `compute_dtype`."""
+
+    @property
+    def cache_dtype(self) -> Any:
+        """The dtype for `models.cache.empty_cache`."""
+        return jnp.dtype("int8" if self.kv_cache == "int8" else self.compute_dtype)
 
     @property
     def types(self) -> dict[str, Any]:

@@ -9,14 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ecomjax.models.attention import (
-    KeyValues,
-    StackedCache,
-    View,
-    empty_cache,
-    make_mask,
-    related,
-)
+from ecomjax.models.attention import KeyValues, View, make_mask, related
+from ecomjax.models.cache import StackedCache, empty_cache
 from ecomjax.models.moe import Balance, balance
 from ecomjax.models.stack import run
 from ecomjax.typing import PADDING_SEGMENT, KVCache
@@ -189,9 +183,7 @@ class Decoder(nn.Module):
     def new_cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache of `slots` slots for `batch` rows."""
         c = self.config
-        return empty_cache(
-            c.layers, batch, slots, c.kv_heads, c.head_dim, jnp.dtype(c.compute_dtype)
-        )
+        return empty_cache(c.layers, batch, slots, c.kv_heads, c.head_dim, c.cache_dtype)
 
 
 def _distance(positions: Int[Array, "B T"], key_positions: Int[Array, "#B S"]):

@@ -9,7 +9,8 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ecomjax.models.attention import KeyValues, View, empty_cache
+from ecomjax.models.attention import KeyValues, View
+from ecomjax.models.cache import empty_cache
 from ecomjax.models.decoder import Decoder, OfAll, OfLayer, view_of
 from ecomjax.models.stack import run
 from ecomjax.typing import KVCache
@@ -114,4 +115,4 @@ class EncoderDecoder(nn.Module):
     def new_cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache of `slots` target slots for `batch` rows."""
         c = self.config
-        return empty_cache(c.layers, batch, slots, c.heads, c.head_dim, jnp.dtype(c.compute_dtype))
+        return empty_cache(c.layers, batch, slots, c.heads, c.head_dim, c.cache_dtype)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ecomjax.models.attention import KeyValues, attend, empty_cache, make_mask, related
+from ecomjax.models.attention import KeyValues, attend, make_mask, related
 
 RNG = np.random.default_rng(0)
 
@@ -161,10 +161,3 @@ def test_a_prefix_is_seen_by_all_but_padding():
     nothing, everything = [0, 0, 0], [1, 1, 0]
     np.testing.assert_array_equal(seen[0], [everything, everything, nothing])
     np.testing.assert_array_equal(seen[1], [nothing, everything, everything])
-
-
-def test_empty_cache_holds_padding():
-    cache = empty_cache(3, 2, 5, 4, 8, jnp.bfloat16)
-    assert cache.keys.shape == cache.values.shape == (3, 2, 4, 5, 8)
-    assert cache.keys.dtype == jnp.bfloat16
-    assert not cache.segment_ids.any() and int(cache.length) == 0
