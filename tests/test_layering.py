@@ -51,8 +51,8 @@ NEVER_CALLED = (
 )
 """What would run text as a program, or as a command of a shell."""
 LAZY = (
-    *("datasets", "gguf", "matplotlib", "pyarrow", "rouge_score", "sacrebleu", "scipy"),
-    *("sentencepiece", "seqeval", "sklearn", "tensorboardX", "torch", "transformers"),
+    *("datasets", "gguf", "matplotlib", "outlines_core", "pyarrow", "rouge_score", "sacrebleu"),
+    *("scipy", "sentencepiece", "seqeval", "sklearn", "tensorboardX", "torch", "transformers"),
 )
 
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ecomjax.decoding.batches import Rows, follow, prefill, row_axis
+from ecomjax.decoding.regular import TokenTable
 from ecomjax.decoding.sampling import sample
 from ecomjax.models.encoder_decoder import Memory
 from ecomjax.sharding import constrain
@@ -60,6 +61,8 @@ class Decoding(flax.struct.PyTreeNode):
     """Which of several adapters each row uses."""
     seen: Bool[Array, "B V"] | None
     """Tokens of the prompts and those drawn, where there is a penalty on repeating them."""
+    matched: Int[Array, "B"] | None = None
+    """The state of a `TokenTable` that each answer has come to, where there is one."""
 
 
 class Prompted(NamedTuple):
@@ -69,6 +72,8 @@ class Prompted(NamedTuple):
     keys: jax.Array
     """Of their draws [B]."""
     seen: Bool[Array, "B V"] | None
+    """See `Decoding`."""
+    matched: Int[Array, "B"] | None = None
     """See `Decoding`."""
 
 
@@ -112,6 +117,7 @@ def idle(model: nn.Module, options: Any, prompted: Prompted, batch: int) -> Deco
             own=jax.tree.map(empty, own_of(rows)),
             adapter=None if rows.adapter is None else numbers,
             seen=None if prompted.seen is None else empty(prompted.seen),
+            matched=None if prompted.matched is None else numbers,
         )
     )
 
@@ -139,6 +145,7 @@ def refill(
     s: Decoding,
     prompted: Prompted,
     places: Int[Array, "R"],
+    table: TokenTable | None = None,
 ) -> Decoding:
     """The state with prompts filled in and their first tokens drawn.
 
@@ -147,12 +154,13 @@ def refill(
         s: rows of which some are done; it is used up.
         prompted: R prompts, in the slots that the cache has for them.
         places: the rows that the prompts go to; B for one that goes nowhere.
+        table: what tokens may follow, where not all may.
     """
     rows, new = prompted.rows, options.max_new_tokens
     hidden, filled = prefill(model, variables, rows, new_slots=0)
     numbers = jnp.zeros(places.shape, jnp.int32)
     first, log_probability = _draw(
-        model, options, variables, rows.adapter, prompted.keys, numbers, hidden, prompted.seen
+        model, options, variables, rows.adapter, numbers, hidden, prompted, table
     )
     count = numbers + 1
 
@@ -192,6 +200,7 @@ def refill(
         own=own_of(rows),
         adapter=rows.adapter,
         seen=_with(prompted.seen, first),
+        matched=_after(table, prompted.matched, first),
     )
     return _split(
         jax.tree.map(put, s.replace(cache=None), fresh.replace(cache=None)).replace(cache=cache)
@@ -199,7 +208,12 @@ def refill(
 
 
 def step(
-    model: nn.Module, options: Any, variables: Any, prefix: KVCache | None, s: Decoding
+    model: nn.Module,
+    options: Any,
+    variables: Any,
+    prefix: KVCache | None,
+    s: Decoding,
+    table: TokenTable | None = None,
 ) -> Decoding:
     """One more token drawn for every row that is not done.
 
@@ -207,15 +221,14 @@ def step(
         model, options, variables: see `generate`.
         prefix: what all rows follow, where `s.own` is None.
         s: the state so far.
+        table: see `refill`.
     """
     before = prefix if s.own is None else s.own
     live, new = ~s.drawn.done, options.max_new_tokens
     cache = s.cache.replace(length=s.steps % new)
     hidden, cache = follow(model, variables, before, s.adapter, s.last, s.positions, live, cache)
     count = s.drawn.count
-    token, log_probability = _draw(
-        model, options, variables, s.adapter, s.keys, count, hidden, s.seen
-    )
+    token, log_probability = _draw(model, options, variables, s.adapter, count, hidden, s, table)
     # Beyond the last of its tokens nothing is written of a row.
     at = jnp.where(live, count, new)
     more = live.astype(jnp.int32)
@@ -232,6 +245,7 @@ def step(
         positions=s.positions + more,
         cache=cache,
         seen=_with(s.seen, token),
+        matched=_after(table, s.matched, token),
     )
 
 
@@ -245,11 +259,12 @@ def run(
     stopped: Bool[Array, "B"],
     wanted: Int[Array, ""],
     most: Int[Array, ""],
+    table: TokenTable | None = None,
 ) -> tuple[Decoding, Drawn]:
     """Steps until so many rows are done; the state, and what has been drawn, on every device.
 
     Args:
-        model, options, variables, prefix: see `step`.
+        model, options, variables, prefix, table: see `step`.
         s: rows of which some may be done; it is used up.
         stopped: rows that the host knows to be done.
         wanted: rows done, 1 to B.
@@ -261,15 +276,23 @@ def run(
     def unfinished(s: Decoding):
         return (s.drawn.done.sum(dtype=jnp.int32) < wanted) & (s.steps < last)
 
-    s = _split(jax.lax.while_loop(unfinished, partial(step, model, options, variables, prefix), s))
+    one_more = partial(step, model, options, variables, prefix, table=table)
+    s = _split(jax.lax.while_loop(unfinished, one_more, s))
     # Every process reads the answers of all.
     return s, jax.tree.map(lambda x: constrain(x, (None,) * x.ndim), s.drawn)
 
 
-def _draw(model, options, variables, adapter, keys, count, hidden, seen):
-    """Tokens and their log-probabilities, for rows that have drawn `count` [B] before."""
+def _draw(model, options, variables, adapter, count, hidden, rows, table):
+    """Tokens and their log-probabilities, for rows that have drawn `count` [B] before.
+
+    Of the rows, a `Decoding` or `Prompted`, what draws depend on is read.
+    """
     logits: Any = model.apply(variables, hidden, adapter, method="logits")
-    chosen = sample(logits[:, 0], jax.vmap(jax.random.fold_in)(keys, count), options, seen)
+    kept = logits[:, 0]
+    if table is not None:
+        allowed = table.allowed(rows.matched, options.max_new_tokens - count)
+        kept = jnp.where(allowed, kept, -jnp.inf)
+    chosen = sample(kept, jax.vmap(jax.random.fold_in)(rows.keys, count), options, rows.seen)
     picked = jnp.take_along_axis(logits[:, 0], chosen[:, None], axis=-1)[:, 0]
     return chosen, picked - jax.nn.logsumexp(logits[:, 0], axis=-1)
 
@@ -285,6 +308,11 @@ def _with(seen, tokens):
     if seen is None:
         return None
     return seen | jax.nn.one_hot(tokens, seen.shape[1], dtype=bool)
+
+
+def _after(table, matched, tokens):
+    """The states that the tokens [B] lead to."""
+    return None if table is None else table.targets[matched, tokens]
 
 
 def _write(table, column, at):

@@ -16,6 +16,7 @@ import numpy as np
 from ecomjax.decoding import continuous
 from ecomjax.decoding import prefix as prefixes
 from ecomjax.decoding.batches import Limits, Prepared, prepare, rows_of
+from ecomjax.decoding.regular import NEVER, TokenTable
 from ecomjax.decoding.sampling import Sampling
 from ecomjax.decoding.stopping import STRIDE, StopStrings
 from ecomjax.errors import UserError
@@ -88,6 +89,7 @@ def generate(
     adapters: Sequence[int] | None = None,
     numbers: Sequence[int] | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
+    table: TokenTable | None = None,
 ) -> list[Generated]:
     """Answers to tokenized prompts, in their order; all samples of one before those of the next.
 
@@ -106,10 +108,13 @@ def generate(
         numbers: below 2^32, one for each prompt, from which its draws are seeded, so that they do
             not depend on what else is asked; by default the places of the prompts.
         decode: from token ids to text, where stop strings are given or text is wanted.
+        table: what tokens may follow, see `regular.from_regex`; every answer then matches and
+            ends. Log-probabilities are those of the model without it.
 
     Raises:
         UserError: an empty prompt, or one that leaves no room for an answer; stop strings
-            without `decode`.
+            without `decode`; a table and other ends than its own, or one whose shortest match
+            has more than `max_new_tokens`.
     """
     if options.stop and decode is None:
         raise UserError(
@@ -117,13 +122,15 @@ def generate(
             "decoding",
             "say how tokens are decoded to text",
         )
+    if table is not None:
+        table = _checked(table, model, options)
     if not prompts:
         return []
     prepared = prepare(model, variables, prompts, options, adapters)
     strings = None if decode is None else StopStrings(options.stop, decode)
     results: dict[tuple[int, int], Generated] = {}
     left = [options.samples] * len(prompts)
-    for (prompt, sample), answer in _answers(prepared, options, strings, numbers):
+    for (prompt, sample), answer in _answers(prepared, options, strings, numbers, table):
         results[prompt, sample] = answer
         left[prompt] -= 1
         if not left[prompt]:
@@ -131,11 +138,33 @@ def generate(
     return [results[asked] for asked in sorted(results)]
 
 
+def _checked(table: TokenTable, model: Any, options: GenerateOptions) -> TokenTable:
+    """The table, as wide as the model's logits."""
+    shortest = int(table.needed[0])
+    if shortest > options.max_new_tokens:
+        raise UserError(
+            f"the shortest match has {shortest} tokens, its end included, and "
+            f"{options.max_new_tokens} are allowed",
+            "decoding",
+            "allow more new tokens",
+        )
+    if options.stop or options.stop_ids:
+        raise UserError(
+            "a pattern with stop strings or stop ids",
+            "decoding",
+            "leave them out: an answer ends where its match does",
+        )
+    padding = model.config.vocab_size - table.targets.shape[1]
+    widened = jnp.pad(table.targets, ((0, 0), (0, padding)), constant_values=NEVER)
+    return table.replace(targets=widened)
+
+
 def _answers(
     prepared: Prepared,
     options: GenerateOptions,
     strings: StopStrings | None,
     numbers: Sequence[int] | None,
+    table: TokenTable | None,
 ) -> Iterator[tuple[tuple[int, int], Generated]]:
     """Numbers of prompt and sample, and the answer, as it is finished."""
     model, variables = prepared.model, prepared.variables
@@ -161,19 +190,22 @@ def _answers(
             needed = prefixes.size_class(len(prepared.own[chosen[-1][0]]))
             asked = chosen + [chosen[-1]] * spare
             prompted = _prompted(prepared, options, asked, needed, numbers)
+            if table is not None:
+                prompted = prompted._replace(matched=jnp.zeros(len(asked), jnp.int32))
             if state is None:
                 state = continuous.idle(model, compiled, prompted, batch)
             elif needed > slots:
                 state = continuous.grow(state, needed - slots)
             slots = needed
             to = jnp.asarray(places + [batch] * spare, jnp.int32)
-            state = continuous.refill(model, compiled, variables, state, prompted, to)
+            state = continuous.refill(model, compiled, variables, state, prompted, to, table)
         assert state is not None, "there is a prompt, and at first every row is free"
         state, drawn = continuous.run(
             *(model, compiled, variables, prepared.shared, state),
             jnp.asarray([one is None for one in held]),
             jnp.int32(min(together, len(pending)) or batch),
             jnp.int32(STRIDE if options.stop else options.max_new_tokens),
+            table,
         )
         drawn = jax.device_get(drawn)
         for row, one in enumerate(held):

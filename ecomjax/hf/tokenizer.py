@@ -29,6 +29,14 @@ SPECIAL_NAMES = (
 """Names under which a tokenizer's config and chat template know its special tokens."""
 
 
+_PRINTED = (*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_BYTE_OF = {chr(value): value for value in _PRINTED} | {
+    chr(0x100 + place): value
+    for place, value in enumerate(value for value in range(0x100) if value not in _PRINTED)
+}
+"""How byte-level tokenizers write bytes: as themselves where printed, else past all bytes."""
+
+
 class Tokenizer:
     """A tokenizer of the `tokenizers` library with the ids and the template of a model.
 
@@ -181,6 +189,23 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, special tokens left out."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def pieces(self) -> list[bytes | None]:
+        """The bytes that each id spells; None of special tokens, and where there is no token.
+
+        UserError unless the tokenizer is byte-level: the bytes of others depend on their place.
+        """
+        decoder = json.loads(self._backend.to_str())["decoder"] or {}
+        if decoder.get("type") != "ByteLevel":
+            raise UserError(
+                "the tokenizer is not byte-level", self._where, "use a model whose tokenizer is"
+            )
+        found: list[bytes | None] = [None] * self.vocab_size
+        for token, index in self._backend.get_vocab(with_added_tokens=False).items():
+            found[index] = bytes(_BYTE_OF[letter] for letter in token)
+        for index, token in self._backend.get_added_tokens_decoder().items():
+            found[index] = None if token.special else token.content.encode("utf-8")
+        return found
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True

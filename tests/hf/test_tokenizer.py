@@ -38,6 +38,20 @@ def test_ids_and_text_are_those_of_transformers(tokenizer, fast):
     assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
 
 
+def test_pieces_spell_the_texts_that_they_are_tokens_of(tokenizer):
+    pieces = tokenizer.pieces()
+    for text in TEXTS:
+        plain = tokenizer.escape(text)
+        assert b"".join(pieces[i] for i in tokenizer.encode(plain)) == plain.encode()
+    assert {i for i, piece in enumerate(pieces) if piece is None} == tokenizer.special_ids
+
+
+def test_pieces_are_those_of_byte_level_tokenizers_alone(backend):
+    backend.decoder = tokenizers.decoders.Metaspace()
+    with pytest.raises(UserError, match="not byte-level"):
+        Tokenizer(backend, {}, None, "test").pieces()
+
+
 def test_decode_leaves_out_special_tokens(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a<|im_end|>b")) == "ab"
 
