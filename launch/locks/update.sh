@@ -12,7 +12,11 @@ compile() {
     --no-annotate "$@"
 }
 
-compile ../../pyproject.toml -o runtime.txt "$@"
+# peft asks for torch, whose default build brings 3 GB of CUDA; see launch/test.sh.
+compile ../../pyproject.toml torch.in --extra test --extra dev --excludes <(echo torch) \
+  -o test.txt "$@"
+# What is tested is what is used.
+compile ../../pyproject.toml -c test.txt -o runtime.txt "$@"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 for extra in gpu tpu; do
@@ -21,7 +25,4 @@ for extra in gpu tpu; do
   awk 'FNR == NR { locked[$1]; next } /^[^ ]/ { new = !($1 in locked) } new' \
     runtime.txt "$scratch/$extra.txt" >"$extra.txt"
 done
-# peft asks for torch, whose default build brings 3 GB of CUDA; see launch/test.sh.
-compile ../../pyproject.toml torch.in --extra test --extra dev --excludes <(echo torch) \
-  -o test.txt "$@"
 compile models.in --no-deps -o models.txt "$@"
