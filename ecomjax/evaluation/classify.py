@@ -86,12 +86,21 @@ class Classifier:
         tokens = found.tokens
         return Encoded(example.id, tokens, len(tokens), key, marks, found.lost), slots
 
-    def fitted(self, examples: Sequence[Example]) -> list[tuple[Encoded, Slots]]:
+    def texts(self, example: Example, demonstrations: Demonstrations = ()) -> tuple[str, ...]:
+        """What the example is read as; encoders are shown no demonstrations."""
+        del demonstrations
+        return self.task.pair(example) or self.task.words(example) or ()
+
+    def fitted(
+        self, examples: Sequence[Example], demonstrations: Sequence[Demonstrations] = ()
+    ) -> list[tuple[Encoded, Slots]]:
         """The examples as the model reads them, and where their classes stand.
 
         Raises:
             UserError: one is longer than the window, and is not to be cut.
         """
+        if any(demonstrations):
+            raise TypeError("an encoder is shown no demonstrations")
         cut = self.window if self.too_long == "truncate" else sys.maxsize
         found = [self._encoded(example, cut) for example in examples]
         for example, (encoded, _) in zip(examples, found, strict=True):
@@ -121,9 +130,7 @@ class Classifier:
         Raises:
             UserError: see `fitted`.
         """
-        if any(demonstrations):
-            raise TypeError("an encoder is shown no demonstrations")
-        fitted = self.fitted(examples)
+        fitted = self.fitted(examples, demonstrations)
         tables = class_log_probabilities(
             self.model,
             variables,

@@ -75,12 +75,21 @@ class Responder:
             tokens, key = (*found.source, *found.target), key_of(self.task.user(example))
             yield Encoded(example.id, tokens, len(found.source), key, lost=found.lost)
 
-    def fitted(self, examples: Sequence[Example]) -> list[EncodedSource]:
+    def texts(self, example: Example, demonstrations: Demonstrations = ()) -> tuple[str, ...]:
+        """The source that the example is read as; it shows no demonstrations."""
+        del demonstrations
+        return (self.task.source(example),)
+
+    def fitted(
+        self, examples: Sequence[Example], demonstrations: Sequence[Demonstrations] = ()
+    ) -> list[EncodedSource]:
         """The sources as the model reads them.
 
         Raises:
             UserError: one is longer than the window, and is not to be cut.
         """
+        if any(demonstrations):
+            raise TypeError("sources show no demonstrations")
         cut = self.window if self.too_long == "truncate" else sys.maxsize
         found = [encode_source(self.task, each, self.tokenizer, cut) for each in examples]
         for example, encoded in zip(examples, found, strict=True):
@@ -110,9 +119,7 @@ class Responder:
         Raises:
             UserError: see `fitted`; an answer may be longer than the window.
         """
-        if any(demonstrations):
-            raise TypeError("sources show no demonstrations")
-        sources = self.fitted(examples)
+        sources = self.fitted(examples, demonstrations)
         options = GenerateOptions(
             max_new_tokens=self.max_new_tokens,
             end=self.tokenizer.eos_id,

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ecomjax import placement, sharding
-from ecomjax.adapters import lora
+from ecomjax import sharding
 from ecomjax.data.encoded import key_of
 from ecomjax.data.progress import counting
 from ecomjax.errors import UserError
@@ -42,17 +41,14 @@ from ecomjax.experiments.config import (
 )
 from ecomjax.experiments.files import jsonable, read_json, read_jsonl, write_json, write_jsonl
 from ecomjax.experiments.given import find_adapter, name_of, read_given, sha256_of_adapter
-from ecomjax.experiments.learners import with_head
 from ecomjax.experiments.partial import Partial
 from ecomjax.experiments.sections import EvaluationConfig, TaskConfig
-from ecomjax.experiments.tuning import read_head
+from ecomjax.experiments.tuning import load_trained, with_adapter
 from ecomjax.experiments.workdir import Workdir
 from ecomjax.hf.files import sha256_of
-from ecomjax.hf.peft import read_adapter
 from ecomjax.models.heads import ClassifierConfig
 from ecomjax.tasks.base import Example, Task
 from ecomjax.tasks.registry import get_task
-from ecomjax.typing import Adapter
 
 Value = TypeVar("Value")
 
@@ -110,30 +106,6 @@ def _trained(config: FinetuneConfig, folder: Workdir) -> None:
         _scored(asked, config.evaluation, base, variables, examples, (), *where, facts, of)
 
 
-def load_trained(
-    config: FinetuneConfig, tasks: Mapping[str, Task], folder: Workdir
-) -> tuple[Base, dict[str, Any]]:
-    """The model of a run, with its head if it has one, and its variables."""
-    if config.training.tune == "all":
-        model = dataclasses.replace(config.model, path=str(folder.model))
-        base = load_base(model, config.mesh, any_kind=True)
-        return base, {"params": base.params}
-    base = load_base(config.model, config.mesh, any_kind=True)
-    base = with_head(base, tasks, config.training)
-    if isinstance(base.config, ClassifierConfig):
-        head = read_head(folder, base)
-        base = dataclasses.replace(base, params=base.params | {"head": head})
-    return base, _adapted(base, read_adapter(folder.adapter, base.config, base.identity))
-
-
-def _adapted(base: Base, adapter: Adapter) -> dict[str, Any]:
-    """The weights of a base and an adapter, on their devices."""
-    lora.check_paths(base.params, adapter)
-    specs = sharding.adapter_specs(adapter, base.axes, base.params, base.mesh)
-    placed = placement.shard_params(adapter, sharding.shardings(specs, base.mesh))
-    return {"params": base.params, "lora": placed}
-
-
 def _systems(config: ScoreConfig, folder: Workdir) -> None:
     """Scores adapters, one after the other over one base, and the base alone.
 
@@ -160,7 +132,7 @@ def _systems(config: ScoreConfig, folder: Workdir) -> None:
         for label, task in make_tasks(config.tasks).items()
     }
     for name, one in itertools.zip_longest(names, given):
-        variables = {"params": base.params} if one is None else _adapted(base, one.adapter)
+        variables = {"params": base.params} if one is None else with_adapter(base, one.adapter)
         for label, task in make_tasks(config.tasks).items():
             asked = Asked(label, task, config.tasks[label])
             where = folder, f"{split}-{name}"
@@ -373,7 +345,9 @@ def _chunks(examples: Sequence[Value], batch_size: int) -> Iterator[Sequence[Val
 
 
 def _digest(
-    predictor: Predictor, examples: Sequence[Example], demonstrations: Sequence[Demonstrations]
+    predictor: AnyPredictor,
+    examples: Sequence[Example],
+    demonstrations: Sequence[Demonstrations],
 ) -> str:
     """Changes with all that any example is asked: code of prompts, data and demonstrations."""
     digest = hashlib.sha256()

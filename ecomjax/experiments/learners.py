@@ -119,8 +119,11 @@ def with_head(base: Base, tasks: Mapping[str, Task], config: TrainingConfig) -> 
     if isinstance(base.config, ClassifierConfig):
         say(f"the head for {', '.join(base.config.labels)} is replaced by a new one")
         encoder = base.params["encoder"]
-    shared = {f.name: getattr(base.config, f.name) for f in dataclasses.fields(BertConfig)}
-    shape = wanted(**shared | {"dropout": config.dropout}, labels=labels)
+    shared: dict[str, Any] = {
+        f.name: getattr(base.config, f.name) for f in dataclasses.fields(BertConfig)
+    }
+    shared["dropout"] = config.dropout
+    shape = wanted(**shared, labels=labels)
     module = registry.build(shape)
     shapes, axes = registry.describe(module)
     head = with_new_head(module, {}, jax.random.key(config.seed))["head"]

@@ -1,30 +1,32 @@
-"""What of a model is trained, and what is written of it."""
+"""What of a model is trained, what is written of it, and how it is read back."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ecomjax import placement, trees
+from ecomjax import placement, sharding, trees
 from ecomjax.adapters import lora
 from ecomjax.errors import UserError
 from ecomjax.experiments import hosts
-from ecomjax.experiments.assembly import Base
+from ecomjax.experiments.assembly import Base, load_base
 from ecomjax.experiments.config import FinetuneConfig
 from ecomjax.experiments.initial import init_adapter, make_rules
+from ecomjax.experiments.learners import with_head
 from ecomjax.experiments.workdir import Workdir
 from ecomjax.hf.checkpoints import save_pretrained
-from ecomjax.hf.peft import write_adapter
+from ecomjax.hf.peft import read_adapter, write_adapter
 from ecomjax.hf.safetensors_io import SafetensorsFile, write_file
 from ecomjax.models.heads import ClassifierConfig
+from ecomjax.tasks.base import Task
 from ecomjax.training import losses
 from ecomjax.training.losses import VariablesOf
-from ecomjax.typing import Params
+from ecomjax.typing import Adapter, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,3 +110,27 @@ def read_head(folder: Workdir, base: Base) -> Params:
     head = {path: file[path] for path in own}
     lies = {path: leaf.sharding for path, leaf in own.items()}
     return placement.shard_params(trees.unflatten(head), trees.unflatten(lies))
+
+
+def load_trained(
+    config: FinetuneConfig, tasks: Mapping[str, Task], folder: Workdir
+) -> tuple[Base, dict[str, Any]]:
+    """The model of a run, with its head if it has one, and its variables."""
+    if config.training.tune == "all":
+        model = dataclasses.replace(config.model, path=str(folder.model))
+        base = load_base(model, config.mesh, any_kind=True)
+        return base, {"params": base.params}
+    base = load_base(config.model, config.mesh, any_kind=True)
+    base = with_head(base, tasks, config.training)
+    if isinstance(base.config, ClassifierConfig):
+        head = read_head(folder, base)
+        base = dataclasses.replace(base, params=base.params | {"head": head})
+    return base, with_adapter(base, read_adapter(folder.adapter, base.config, base.identity))
+
+
+def with_adapter(base: Base, adapter: Adapter) -> dict[str, Any]:
+    """The weights of a base and an adapter, on their devices."""
+    lora.check_paths(base.params, adapter)
+    specs = sharding.adapter_specs(adapter, base.axes, base.params, base.mesh)
+    placed = placement.shard_params(adapter, sharding.shardings(specs, base.mesh))
+    return {"params": base.params, "lora": placed}

@@ -14,6 +14,7 @@ from ecomjax.decoding.automaton import Automaton
 from ecomjax.decoding.constrain import generate_constrained
 from ecomjax.decoding.generate import GenerateOptions, generate, until
 from ecomjax.errors import UserError
+from ecomjax.evaluation.predict import Predictor
 from ecomjax.experiments.assembly import (
     Base,
     choose,
@@ -89,6 +90,7 @@ def decode(data: str) -> Iterator[Result]:
     base, task = load_base(ModelConfig()), get_task("queryner")
     config = TaskConfig("queryner", prompt="alpaca", method="constrained")
     predictor = make_predictor(base, task, config, EvaluationConfig(batch_size=BATCH))
+    assert isinstance(predictor, Predictor), "the default model is a decoder"
     examples = choose(load_examples(task, source, "validation"), QUERIES, 0)
     prompts = [fitted.prompt for fitted in predictor.fitted(examples)]
     automata = predictor.automata(examples)

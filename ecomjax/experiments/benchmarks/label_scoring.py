@@ -13,6 +13,7 @@ from jaxtyping import Float
 from ecomjax.decoding.score import label_log_likelihoods
 from ecomjax.errors import UserError
 from ecomjax.evaluation.fewshot import Chooser
+from ecomjax.evaluation.predict import Predictor
 from ecomjax.experiments.assembly import (
     Base,
     choose,
@@ -67,6 +68,7 @@ def few_shot_prompts(data: str) -> tuple[Base, list[tuple[int, ...]], list[tuple
     source = DataConfig() if data == "synthetic" else DataConfig(source="local", path=data)
     base, task = load_base(ModelConfig()), get_task("esci")
     predictor = make_predictor(base, task, TaskConfig("esci"), EvaluationConfig())
+    assert isinstance(predictor, Predictor), "the default model is a decoder"
     chooser = Chooser(task, load_examples(task, source, "train"), SHOTS, seed=0)
     scorable = chooser.scorable(load_examples(task, source, "test"))
     examples = choose(scorable, min(EXAMPLES, len(scorable)), 0)
