@@ -174,7 +174,11 @@ def evaluation(tasks: list[str], smoke: bool = False) -> ConfigDict:
             "batch_size": min(TASKS[task]["batch_size"] for task in tasks),
             "too_long": "raise",
             "temperature": 0.0,
+            "top_k": 0,
             "top_p": 1.0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "stop": (),
             "resamples": 200 if smoke else 2000,
             "seed": 0,
         }

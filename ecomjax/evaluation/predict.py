@@ -15,6 +15,7 @@ from ecomjax.decoding.automaton import Automaton, from_form
 from ecomjax.decoding.constrain import generate_constrained
 from ecomjax.decoding.generate import GenerateOptions, generate
 from ecomjax.decoding.prefix import common_prefix
+from ecomjax.decoding.sampling import Sampling
 from ecomjax.errors import UserError
 from ecomjax.evaluation.labels import CONTENT_FREE, LabelScore, label_scores
 from ecomjax.tasks.base import Example, Prompt, Task
@@ -121,7 +122,7 @@ class Predictor:
         too_long: what becomes of prompts that leave no room for an answer: "raise", or
             "truncate", which leaves out demonstrations, the first shown first, and then cuts
             the beginning of the example's own input.
-        temperature, top_p, seed: of what is written freely, see `GenerateOptions`.
+        sampling, stop, seed: of what is written freely, see `GenerateOptions`.
     """
 
     model: nn.Module
@@ -133,8 +134,8 @@ class Predictor:
     window: int
     max_new_tokens: int
     too_long: Literal["truncate", "raise"] = "raise"
-    temperature: float = 0.0
-    top_p: float = 1.0
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
     seed: int = 0
     label_score: LabelScore = "sum"
 
@@ -335,13 +336,14 @@ class Predictor:
             end=self.tokenizer.eos_id,
             batch_size=self.batch_size,
             window=self.window,
-            temperature=self.temperature,
-            top_p=self.top_p,
             seed=self.seed,
+            stop=self.stop,
+            **dataclasses.asdict(self.sampling),
         )
         numbers = [key_of(example.id) % 2**32 for example in examples]
-        answers = generate(self.model, variables, prompts, options, on_done, adapters, numbers)
-        texts = [self.tokenizer.decode(answer.tokens) for answer in answers]
+        asked = (variables, prompts, options, on_done, adapters, numbers)
+        answers = generate(self.model, *asked, decode=self.tokenizer.decode)
+        texts = [str(answer.text) for answer in answers]
         return [
             Prediction(self.task.parse(text, example), text, {}, each.lost, each.dropped)
             for text, example, each in zip(texts, examples, fitted, strict=True)

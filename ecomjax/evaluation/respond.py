@@ -11,6 +11,7 @@ import flax.linen as nn
 
 from ecomjax.data.encoded import Encoded, key_of
 from ecomjax.decoding.generate import GenerateOptions, generate
+from ecomjax.decoding.sampling import Sampling
 from ecomjax.errors import UserError
 from ecomjax.evaluation.encode import EncodedSource, SourceTokenizer, encode_source
 from ecomjax.evaluation.predict import Demonstrations, Prediction
@@ -39,7 +40,7 @@ class Responder:
         window: most tokens of a source, and of an answer with the tokens that open it.
         max_new_tokens: of an answer.
         too_long: what becomes of longer sources: "raise", or "truncate", which cuts their ends.
-        temperature, top_p, seed: see `GenerateOptions`.
+        sampling, stop, seed: see `GenerateOptions`.
     """
 
     model: nn.Module
@@ -49,8 +50,8 @@ class Responder:
     window: int
     max_new_tokens: int
     too_long: Literal["truncate", "raise"] = "raise"
-    temperature: float = 0.0
-    top_p: float = 1.0
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
     seed: int = 0
 
     @property
@@ -126,14 +127,15 @@ class Responder:
             batch_size=self.batch_size,
             window=self.window,
             start=self.start,
-            temperature=self.temperature,
-            top_p=self.top_p,
             seed=self.seed,
+            stop=self.stop,
+            **dataclasses.asdict(self.sampling),
         )
         prompts = [each.source for each in sources]
         numbers = [key_of(example.id) % 2**32 for example in examples]
-        answers = generate(self.model, variables, prompts, options, on_done, numbers=numbers)
-        texts = [self.tokenizer.decode(answer.tokens) for answer in answers]
+        asked = (variables, prompts, options, on_done)
+        answers = generate(self.model, *asked, numbers=numbers, decode=self.tokenizer.decode)
+        texts = [str(answer.text) for answer in answers]
         return [
             Prediction(self.task.parse(text, example), text, {}, source.lost)
             for text, example, source in zip(texts, examples, sources, strict=True)

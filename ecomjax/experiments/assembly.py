@@ -25,6 +25,7 @@ from ecomjax.data.rows import ChosenRows
 from ecomjax.data.sources import HubSource, LocalSource, Source, SyntheticSource
 from ecomjax.data.store import Sizes
 from ecomjax.data.subsets import draw
+from ecomjax.decoding.sampling import Sampling
 from ecomjax.errors import UserError
 from ecomjax.evaluation.classify import Classifier
 from ecomjax.evaluation.predict import Predictor, way_of
@@ -68,6 +69,9 @@ ONE_DEVICE = MeshConfig(data=1)
 
 UNBOUNDED = 1024
 """Window of models that have no table of positions, as T5."""
+
+SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
+"""Keys of the config's evaluation that say how tokens are drawn."""
 
 AnyPredictor = Predictor | Classifier | Responder
 """The ways of asking, by the kind of a model."""
@@ -194,7 +198,7 @@ def check_settings(tasks: Mapping[str, TaskConfig], config: EvaluationConfig) ->
                 f"config.tasks.{label}.label_score",
                 "leave it at sum, or use the method likelihood where there are labels",
             )
-    for name in ("temperature", "top_p"):
+    for name in (*SAMPLING, "stop"):
         value = getattr(config, name)
         if "generate" not in ways.values() and value != getattr(EvaluationConfig, name):
             raise UserError(
@@ -329,6 +333,11 @@ def choose(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
     return [examples[i] for i in draw(len(examples), size, seed)]
 
 
+def sampling_of(config: EvaluationConfig) -> Sampling:
+    """How the tokens of answers that are written freely are drawn."""
+    return Sampling(**{name: getattr(config, name) for name in SAMPLING})
+
+
 def make_predictor(
     base: Base, task: Task, task_config: TaskConfig, config: EvaluationConfig
 ) -> AnyPredictor:
@@ -351,8 +360,8 @@ def make_predictor(
             window=getattr(base.config, "max_positions", UNBOUNDED),
             max_new_tokens=task_config.max_new_tokens,
             too_long=config.too_long,
-            temperature=config.temperature,
-            top_p=config.top_p,
+            sampling=sampling_of(config),
+            stop=config.stop,
             seed=config.seed,
         )
     return Predictor(
@@ -365,8 +374,8 @@ def make_predictor(
         window=base.config.max_positions,
         max_new_tokens=task_config.max_new_tokens,
         too_long=config.too_long,
-        temperature=config.temperature,
-        top_p=config.top_p,
+        sampling=sampling_of(config),
+        stop=config.stop,
         seed=config.seed,
         label_score=task_config.label_score,
     )

@@ -221,7 +221,13 @@ class EvaluationConfig:
     left out, then input is cut, and both are counted."""
     temperature: NonNegative = 0.0
     """0: greedy."""
+    top_k: Count = 0
     top_p: Annotated[float, Interval(0.0, 1.0, open_low=True)] = 1.0
+    min_p: Annotated[float, Interval(0.0, 1.0)] = 0.0
+    repetition_penalty: AboveZero = 1.0
+    """With these two, of answers that are written freely; see `decoding.sampling.Sampling`."""
+    stop: tuple[str, ...] = ()
+    """Strings that end such an answer, and are no part of it."""
     resamples: Positive = 2000
     """Bootstrap resamples of the intervals."""
     seed: Count = 0

@@ -19,7 +19,7 @@ from ecomjax.decoding import continuous, prefix, score
 from ecomjax.decoding.batches import Rows
 from ecomjax.decoding.generate import GenerateOptions
 from ecomjax.errors import UserError
-from ecomjax.experiments.assembly import check_decoder, configured
+from ecomjax.experiments.assembly import check_decoder, configured, sampling_of
 from ecomjax.experiments.config import FinetuneConfig, IclConfig
 from ecomjax.experiments.initial import describe_state, make_optimizer, make_rules
 from ecomjax.experiments.sections import ModelConfig
@@ -215,14 +215,16 @@ def _decoding(config: IclConfig, base: _Base, prompts: Prompts) -> Step:
         end=0,
         batch_size=1,
         window=1,
-        temperature=config.evaluation.temperature,
-        top_p=config.evaluation.top_p,
+        **dataclasses.asdict(sampling_of(config.evaluation)),
     )
     tokens, lengths = _shape((rows, prompts.slots), jnp.int32), _shape((rows,), jnp.int32)
     given = Rows(start, tokens, lengths, _shape((), jnp.int32))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     idle = functools.partial(continuous.idle, base.module, options, batch=rows)
-    state = jax.eval_shape(idle, continuous.Prompted(given, keys, None))
+    seen = None
+    if options.repetition_penalty != 1.0:
+        seen = _shape((rows, base.module.config.vocab_size), jnp.bool_)
+    state = jax.eval_shape(idle, continuous.Prompted(given, keys, seen))
     state = jax.tree.map(lambda x: _placed_rows(x, base.mesh), state)
     step: Any = jax.jit(continuous.step, static_argnums=(0, 1), donate_argnums=4)
     variables = {"params": base.params}

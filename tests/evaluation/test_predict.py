@@ -12,7 +12,10 @@ from ecomjax.adapters.routing import hold_together
 from ecomjax.adapters.rules import LoraRule
 from ecomjax.data.sources import Row, SyntheticSource
 from ecomjax.data.store import Sizes
+from ecomjax.decoding.generate import generate
+from ecomjax.decoding.sampling import Sampling
 from ecomjax.errors import UserError
+from ecomjax.evaluation import predict
 from ecomjax.evaluation.labels import CONTENT_FREE
 from ecomjax.evaluation.predict import Predictor
 from ecomjax.metrics.calibration import probabilities
@@ -259,6 +262,27 @@ def test_line_breaks_before_an_input_that_is_cut_stay(make):
     assert fitted.lost == 2
     text = prompts.ALPACA.replace("{instruction}", f"{task.system}\n\nz w")
     assert fitted.prompt == tuple(Breaks().encode(text))
+
+
+def test_free_answers_are_drawn_and_stopped_as_told(make, variables, monkeypatch):
+    """A stop string cuts the text; the options are those of `generate`."""
+    seen = []
+
+    def generate_as_told(*given, **more):
+        seen.append(given[3])
+        return generate(*given, **more)
+
+    monkeypatch.setattr(predict, "generate", generate_as_told)
+    example = Example("1", {"tokens": ("a", "b")}, ("O", "O"))
+    said = "(a, O), (b, B-color) and more"
+    free = make(QueryNer(), said, method="generate").predict(variables, [example])
+    assert free[0].text == said and seen[0] == dataclasses.replace(seen[0], stop=(), top_k=0)
+    told = {"sampling": Sampling(top_k=3, min_p=0.1, repetition_penalty=1.2), "stop": (" and",)}
+    (cut,) = make(QueryNer(), said, method="generate", **told).predict(variables, [example])
+    assert cut.text == "(a, O), (b, B-color)" and cut.value == ("O", "B-color")
+    assert (seen[1].top_k, seen[1].min_p, seen[1].repetition_penalty) == (3, 0.1, 1.2)
+    never = make(QueryNer(), said, method="generate", stop=("never",)).predict(variables, [example])
+    assert never == free
 
 
 @pytest.mark.parametrize("method", ["likelihood", "generate"])

@@ -245,6 +245,8 @@ def test_another_split_is_scored_beside_it(make_config, adapted, asked, tmp_path
             {"evaluation.top_p": 0.5, "task.method": "constrained"},
             r"not drawn: config\.evaluation\.top_p",
         ),
+        ("esci", {"evaluation.top_k": 5}, r"5 for .*not drawn: config\.evaluation\.top_k"),
+        ("esci", {"evaluation.stop": ("x",)}, r"not drawn: config\.evaluation\.stop"),
         ("queryner", {"task.method": "likelihood"}, r"no closed set.*queryner\.method"),
     ],
 )
