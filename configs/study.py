@@ -1,7 +1,7 @@
-"""Few-shot prompting against one adapter per task: `--config=configs/study.py:quickstart`.
+"""Systems against each other on the same tasks and data: `--config=configs/study.py:quickstart`.
 
 The argument says how much: `smoke` shows that everything works, `quickstart` is a little of
-everything with the synthetic shop, `real` an hour with 1,500 training rows a
+everything with the synthetic shop, `real` takes hours with 1,500 training rows a
 task of `--config.data.source=local --config.data.path=DIR` and the whole test files there.
 
 The experiments hold the study's own sections `model` and `data`, so that an override such as
@@ -13,21 +13,34 @@ from ml_collections import ConfigDict
 from configs import common, finetune, icl, models
 
 SIZES = {
-    "smoke": {"train": 32, "validation": 8, "test": 16},
-    "quickstart": {"train": 192, "validation": 32, "test": 64},
+    "smoke": {"train": 16, "validation": 4, "test": 4},
+    "quickstart": {"train": 128, "validation": 16, "test": 64},
     "real": {"train": 1500, "validation": 0, "test": 0},
 }
 """Rows of each split; 0 is all."""
 
-TASKS = ("esci", "queryner")
+TASKS = {
+    "smoke": ("esci", "queryner", "review_summarization", "description_generation"),
+    "quickstart": ("esci", "queryner", "review_summarization", "description_generation"),
+    "real": ("esci", "queryner", "review_summarization"),
+}
 
-EPOCHS = {"esci": 2, "queryner": 1}
-"""What fits the time; a QueryNER answer teaches at ten times as many tokens."""
+EPOCHS = {"esci": 2, "queryner": 1, "review_summarization": 2, "description_generation": 1}
+"""What fits the time; an answer to ESCI teaches at the fewest tokens."""
+
+GRIDS = {
+    "smoke": {"learning_rates": (), "merge_methods": ("linear",)},
+    "quickstart": {"learning_rates": (), "merge_methods": ("linear", "ties")},
+    "real": {"learning_rates": (5e-4, 1e-3), "merge_methods": ("linear", "ties")},
+}
+
+SHOTS = {"smoke": (0, 1), "quickstart": (0, 1, 3), "real": (0, 1, 3, 8)}
 
 
 def get_config(arg: str = "") -> ConfigDict:
     arg = common.choose(arg, tuple(SIZES), "configs/study.py")
-    smoke = arg == "smoke"
+    smoke, tasks = arg == "smoke", TASKS[arg]
+    option = ",smoke" if smoke else ""
     config = ConfigDict()
     config.experiment = "study"
     config.smoke = smoke
@@ -35,12 +48,31 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data = common.data(smoke)
     for split, size in SIZES[arg].items():
         config.data[f"{split}_size"] = size
-    config.tasks = TASKS
-    for name, make in (("finetune", finetune.get_config), ("icl", icl.get_config)):
-        sections = {task: make(f"{task},smoke" if smoke else task) for task in TASKS}
-        for task, section in sections.items():
-            section.model, section.data = config.model, config.data
-            if name == "finetune" and not smoke:
-                section.update({"training": {"epochs": EPOCHS[task]}})
-        config[name] = ConfigDict(sections)
+    config.tasks = tasks
+    config.systems = ("few_shot", "lora", "mixed", "merged")
+    config.grid = ConfigDict(
+        {
+            "train_sizes": (),
+            "seeds": (0,),
+            "learning_rates": (),
+            "epochs": (),
+            "mixtures": ("concatenate",),
+            "merge_methods": (),
+            "merge_pairs": False,
+        }
+        | GRIDS[arg]
+    )
+    tuned = {task: finetune.get_config(task + option) for task in tasks}
+    asked = {task: icl.get_config(task + option) for task in tasks}
+    mixed = finetune.get_config("+".join(tasks) + option)
+    for section in (*tuned.values(), *asked.values(), mixed):
+        section.model, section.data = config.model, config.data
+    for task in tasks:
+        asked[task].update({"fewshot": {"shots": SHOTS[arg]}})
+    if not smoke:
+        mixed.update({"training": {"epochs": 1}})
+        for task in tasks:
+            tuned[task].update({"training": {"epochs": EPOCHS[task]}})
+    config.finetune, config.icl = ConfigDict(tuned), ConfigDict(asked)
+    config.mixed, config.conventional = mixed, ConfigDict()
     return config

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# From a fresh clone to a table: few-shot prompting against LoRA tuning on two tasks.
+# From a fresh clone to a report: prompted, tuned, mixed and merged on four tasks.
 # usage: bash launch/quickstart.sh [--data DIR] [--smoke] [--workdir DIR]
 #   --data DIR     real data, DIR/<task>/{train,validation,test}.jsonl; else a synthetic shop
 #   --smoke        a few minutes to see that everything runs; its numbers mean nothing
-#   --workdir DIR  where the runs and report.md go (runs/quickstart[-smoke][-data]); the same
+#   --workdir DIR  where the runs and the report go (runs/quickstart[-smoke][-data]); the same
 #                  command again resumes there
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -20,6 +20,7 @@ ALL = [
     (finetune, "review_summarization,flan_t5_xl"),
     (study, "quickstart"),
     (study, "smoke"),
+    (study, "real"),
     *((plans, name) for name in plans.PLANS),
     (merged, ""),
     (merged, "llama2_7b"),
@@ -69,7 +70,7 @@ def test_an_override_of_a_study_reaches_all_its_experiments():
     config = study.get_config("quickstart")
     config.data.source, config.data.path, config.model.remat = "local", "some/folder", "full"
     result = from_config(config)
-    for section in (*result.finetune.values(), *result.icl.values()):
+    for section in (*result.finetune.values(), *result.icl.values(), result.mixed):
         assert section.data.path == "some/folder"
         assert section.model.remat == "full"
 

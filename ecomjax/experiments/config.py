@@ -11,18 +11,19 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from ml_collections import ConfigDict
 
 from ecomjax.errors import UserError
-from ecomjax.experiments.conversion import convert, section_of
+from ecomjax.experiments.conversion import Filled, convert, section_of
 from ecomjax.experiments.sections import (
     AdapterConfig,
     Count,
     DataConfig,
     EvaluationConfig,
     FewShotConfig,
+    GridConfig,
     MergeOptionsConfig,
     MeshConfig,
     MixtureConfig,
@@ -32,6 +33,9 @@ from ecomjax.experiments.sections import (
     TaskConfig,
     TrainingConfig,
 )
+
+System = Literal["few_shot", "lora", "mixed", "merged"]
+"""What a study can compare, besides floors and conventional models."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +70,24 @@ class IclConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
-    """Few-shot prompting against one adapter per task, on the same model and data."""
+    """Systems on the same tasks and data: prompted, tuned, mixed, merged, conventional."""
 
     experiment: Literal["study"]
     model: ModelConfig
+    """Of every system but the conventional ones."""
     data: DataConfig
     tasks: tuple[str, ...]
+    """What is compared, of the tasks that the sections below are for."""
+    systems: Annotated[tuple[System, ...], Filled()]
+    grid: GridConfig
     finetune: dict[str, FinetuneConfig]
+    """By task: one adapter for it alone."""
+    mixed: FinetuneConfig
+    """One adapter for all tasks."""
     icl: dict[str, IclConfig]
+    """By task: few-shot prompting."""
+    conventional: dict[str, FinetuneConfig] = dataclasses.field(default_factory=dict)
+    """By task: the model that industry would train for it; tasks may lack one."""
     smoke: bool = False
     """A run that shows that everything works, on too little of everything to be a result."""
 
@@ -263,25 +277,45 @@ def _check_export(export: ExportConfig) -> None:
 
 
 def _check_study(study: StudyConfig) -> None:
-    """Every task has its two experiments, on the model and data of the study."""
+    """Every task has its experiments, on the data of the study and, but for those of
+    conventional models, on its model."""
     if not study.tasks or len(set(study.tasks)) < len(study.tasks):
         raise UserError(f"tasks {list(study.tasks)}", "config.tasks", "name each task once")
     for name in ("finetune", "icl"):
-        sections = getattr(study, name)
-        if set(sections) != set(study.tasks):
+        if not set(getattr(study, name)) >= set(study.tasks):
             raise UserError(
-                f"sections for {sorted(sections)}",
+                f"sections for {sorted(getattr(study, name))}",
                 f"config.{name}",
                 f"give one to each of config.tasks, that is {sorted(study.tasks)}",
             )
-        for task, section in sections.items():
-            path = f"config.{name}.{task}"
+    for key in ("train_sizes", "seeds", "learning_rates", "epochs", "mixtures", "merge_methods"):
+        values = getattr(study.grid, key)
+        if len(set(values)) < len(values):
+            raise UserError(f"values {list(values)}", f"config.grid.{key}", "give each once")
+    if "merged" in study.systems and "lora" not in study.systems:
+        raise UserError("nothing to merge", "config.systems", "add lora, whose adapters are merged")
+    for name in ("finetune", "icl", "conventional"):
+        for task, section in getattr(study, name).items():
             found = [section.task.name] if name == "icl" else list(section.tasks)
             if found != [task]:
+                path = f"config.{name}.{task}"
                 raise UserError(f"tasks {found}", path, f"it has to be {task!r} alone")
-            if section.model != study.model or section.data != study.data:
-                raise UserError(
-                    "another model or other data than the study's",
-                    path,
-                    "set config.model and config.data, which all experiments share",
-                )
+    if not set(study.mixed.tasks) >= set(study.tasks):
+        raise UserError(
+            f"tasks {sorted(study.mixed.tasks)}",
+            "config.mixed.tasks",
+            f"give all of config.tasks, that is {sorted(study.tasks)}",
+        )
+    sections: dict[str, Any] = {"mixed": study.mixed}
+    for name in ("finetune", "icl", "conventional"):
+        sections |= {f"{name}.{task}": found for task, found in getattr(study, name).items()}
+    for name, section in sections.items():
+        own_model = name.startswith("conventional.")
+        if section.data != study.data or (section.model != study.model and not own_model):
+            raise UserError(
+                "another model or other data than the study's",
+                f"config.{name}",
+                "set config.model and config.data, which all experiments share",
+            )
+        if isinstance(section, FinetuneConfig):
+            _check_finetune(section)

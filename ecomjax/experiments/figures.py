@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -15,6 +16,9 @@ from ecomjax.experiments.files import write_bytes
 
 CELL = 0.55
 """Inches."""
+
+MARKERS = "osD^vPX*"
+"""Of lines, so that colour is not all that tells them apart."""
 
 NAME_WIDTH = 28
 """Characters of a name on one line, where it can be broken."""
@@ -51,8 +55,7 @@ def heat_map(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    if path.suffix not in (".png", ".svg"):
-        raise UserError(f"suffix '{path.suffix}'", str(path), "write a .png or an .svg")
+    _check_suffix(path)
     if not np.isfinite(table).any():
         raise UserError("no value to draw", str(path), "leave the figure out")
     low, high = bounds or (float(np.nanmin(table)), float(np.nanmax(table)))
@@ -79,6 +82,67 @@ def heat_map(
                 column, row, text, ha="center", va="center", size=8, color="w" if dark else "k"
             )
     figure.colorbar(image, ax=axes, fraction=0.05, pad=0.04)
+    _save(figure, path)
+
+
+def line_chart(
+    path: Path,
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    title: str,
+    *,
+    x: str,
+    y: str,
+) -> None:
+    """Writes lines with their intervals, each marked in its own way.
+
+    Args:
+        path: ends in .png or .svg.
+        series: by name the points (x, value, low, high) of a line, in the order of x.
+        title: of the figure.
+        x: what is on the horizontal axis.
+        y: what is on the vertical axis.
+
+    Raises:
+        UserError: another suffix, no point, or a file that cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    _check_suffix(path)
+    if not any(series.values()):
+        raise UserError("no value to draw", str(path), "leave the figure out")
+    figure = Figure((6.4, 4.0))
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for place, (name, points) in enumerate(series.items()):
+        places, values, low, high = np.array(points, np.float64).reshape(-1, 4).T
+        marker, colour = MARKERS[place % len(MARKERS)], f"C{place % 10}"
+        axes.plot(places, values, color=colour, marker=marker, label=_plain(name))
+        axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_title(title, parse_math=False)
+    axes.set_xlabel(x, parse_math=False)
+    axes.set_ylabel(y, parse_math=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _plain(name: str) -> str:
+    """A name that a legend takes for no formula, and for no line to be left out."""
+    return name.replace("$", r"\$").lstrip("_")
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in (".png", ".svg"):
+        raise UserError(f"suffix '{path.suffix}'", str(path), "write a .png or an .svg")
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib
+
     written = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "ecomjax"}):
         figure.savefig(

@@ -20,6 +20,7 @@ Size = Annotated[int, Interval(-1)]
 """Of an axis of the mesh: 1 or more, or -1 for the rest."""
 Pattern = Annotated[str, Regex()]
 FloatType = Literal["float32", "bfloat16"]
+MixturePolicy = Literal["concatenate", "proportional", "temperature", "weights"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ class DataConfig:
 class MixtureConfig:
     """How the examples of several tasks are mixed; see `data.mixture.Mixture`."""
 
-    policy: Literal["concatenate", "proportional", "temperature", "weights"] = "concatenate"
+    policy: MixturePolicy = "concatenate"
     temperature: float = 1.0
     """Under "temperature"; inf: all tasks alike."""
     weights: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -277,3 +278,23 @@ class SearchConfig:
     examples: Count = 64
     """Of the validation split of each task; 0: all."""
     row_length: Positive = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class GridConfig:
+    """What a study varies; a tuple that is empty leaves a value as its section has it."""
+
+    train_sizes: tuple[Count, ...] = ()
+    """Training rows of each task, in place of `data.train_size`; 0: all."""
+    seeds: Annotated[tuple[Count, ...], Filled()] = (0,)
+    """Of trained systems, in place of `training.seed`."""
+    learning_rates: tuple[AboveZero, ...] = ()
+    """Each is tried by every trained system; validation chooses."""
+    epochs: tuple[Positive, ...] = ()
+    """Likewise, with every learning rate."""
+    mixtures: tuple[MixturePolicy, ...] = ("concatenate",)
+    """Policies of the system `mixed`, in place of `mixture.policy`."""
+    merge_methods: tuple[str, ...] = ("linear", "ties")
+    """Of the system `merged`, as in `adapters/methods.py`."""
+    merge_pairs: bool = False
+    """Whether every pair of tasks is merged too, besides all of them."""

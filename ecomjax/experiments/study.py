@@ -1,193 +1,212 @@
-"""The comparison: floors, few-shot prompting and a tuned adapter, task by task, and a report.
+"""A study: all runs of its grid, one after another, and a report of what they measured.
 
-Every run is a folder of its own below `runs/`; finished ones are read, not repeated, so an
-interrupted study goes on where it stopped.
+Every run is a folder of its own below `runs/`. Finished ones are not repeated, so an
+interrupted study goes on where it stopped; a failed one is told and does not stop the others;
+several processes that are started with the same command share the runs among themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import math
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
+from ecomjax.errors import UserError
+from ecomjax.experiments import estimate, evaluate, finetune, grid, hosts, merged, report, results
+from ecomjax.experiments.assembly import say
+from ecomjax.experiments.config import (
+    FinetuneConfig,
+    MergedConfig,
+    ScoreConfig,
+    StudyConfig,
+)
+from ecomjax.experiments.files import read_json, read_jsonl, write_json, write_jsonl
+from ecomjax.experiments.grid import Choice, Run
+from ecomjax.experiments.workdir import Busy, Workdir
 
-from ecomjax.evaluation.floors import floors
-from ecomjax.evaluation.predict import Prediction
-from ecomjax.evaluation.run import Score, score
-from ecomjax.experiments import evaluate, finetune, hosts, report
-from ecomjax.experiments.assembly import load_examples, say
-from ecomjax.experiments.config import StudyConfig
-from ecomjax.experiments.files import read_json, write_jsonl, write_text
-from ecomjax.experiments.workdir import Workdir
-from ecomjax.metrics.statistics import paired_bootstrap
-from ecomjax.tasks.base import Example, Task, overlap
-from ecomjax.tasks.registry import get_task
+PAUSE = 5.0
+"""Seconds until runs that other processes have are looked at again."""
 
-
-@dataclasses.dataclass(frozen=True)
-class SystemScores:
-    """One row of a table: a system on the test split.
-
-    Attributes:
-        system: its name.
-        metrics: {metric: score}.
-        n: test examples.
-        pretrained: whether it starts from pretrained weights; None for floors.
-        run: its run folder, below the study's; empty for floors.
-    """
-
-    system: str
-    metrics: dict[str, Score]
-    n: int
-    pretrained: bool | None
-    run: str
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskScores:
-    """Everything measured on a task.
-
-    Attributes:
-        task: its name.
-        headline: its main metric.
-        train_size: training examples.
-        seed: of the tuning.
-        shots: {number of demonstrations: validation score of the main metric}.
-        validation_size: examples behind those.
-        chosen: the number of demonstrations chosen by them.
-        systems: the rows of the table, floors first.
-        difference: {metric: (tuned - best few-shot, low, high, p)} on shared examples.
-        shared: number of those.
-        train_overlap: test inputs that are also in train.
-    """
-
-    task: str
-    headline: str
-    train_size: int
-    seed: int
-    shots: dict[int, Score]
-    validation_size: int
-    chosen: int
-    systems: tuple[SystemScores, ...]
-    difference: dict[str, tuple[float, float, float, float]]
-    shared: int
-    train_overlap: int
+PATIENCE = 120.0
+"""Seconds that the study's own folder may be held by another process, which writes little there."""
 
 
 def run(config: StudyConfig, workdir: str) -> None:
-    """Runs or finishes the study, prints its tables and writes results.jsonl and report.md."""
-    study = Workdir(workdir)
-    with study.writing(config):
+    """Runs or finishes the study, prints its tables and writes results.jsonl and the report.
+
+    Raises:
+        UserError: runs failed; all that could be run and reported then is.
+    """
+    study, runs = Workdir(workdir), grid.runs(config)
+    with _held(study, config):
         study.record_start()
-        for name in config.tasks:
-            few_shot, tuned = _folders(study, name)
-            evaluate.run(config.icl[name], str(few_shot.path))
-            finetune.run(config.finetune[name], str(tuned.path))
-            evaluate.run(config.finetune[name], str(tuned.path))
-        hosts.on_main(lambda: _report(config, study))
+    failed = _execute(runs, study)
+    with _held(study, config):
+        hosts.on_main(lambda: _report(config, runs, study))
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(runs)} runs have no result, first {next(iter(failed))} "
+            f"({next(iter(failed.values()))})",
+            str(study.path),
+            "mend that and start the same command again: what is done is not repeated",
+        )
 
 
-def _report(config: StudyConfig, study: Workdir) -> None:
+def dry_run(config: StudyConfig, workdir: str) -> None:
+    """Prints the runs of a study and about how long they take; starts and writes nothing."""
+    study, runs = Workdir(workdir), grid.runs(config)
+    needed = estimate.operations(runs)
+    speed = estimate.speed()
+    for place, one in enumerate(runs, 1):
+        told = _told(needed[one.name] / speed)
+        told = "done" if study.subrun(one.name).done.exists() else f"about {told}"
+        needs = f", after {', '.join(one.needs)}" if one.needs else ""
+        print(f"run {place} of {len(runs)}: {one.name}: {told}{needs}")
+    left = sum(n for name, n in needed.items() if not study.subrun(name).done.exists())
+    print(f"in all about {_told(left / speed)}, {estimate.BASIS}")
+
+
+@contextlib.contextmanager
+def _held(study: Workdir, config: StudyConfig) -> Iterator[None]:
+    """Holds the folder of the study itself, for the moment that others hold it too."""
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(study.writing(config))
+                break
+            except Busy:
+                if time.monotonic() - started > PATIENCE:
+                    raise
+                _pause()
+        yield
+
+
+def _execute(runs: Sequence[Run], study: Workdir) -> dict[str, str]:
+    """Runs what is not done; what failed, and why, by name.
+
+    Of a process that is one of several as one run, an error ends all, since the others would
+    wait for it.
+    """
+    named, failed = {one.name: one for one in runs}, {}
+    needed, own = estimate.operations(runs), 0.0
+    places = {one.name: place for place, one in enumerate(runs, 1)}
+    waiting, spent = [one.name for one in runs], 0.0
+    while waiting:
+        left = []
+        for name in waiting:
+            done = set(hosts.on_main(lambda: [n for n in named if study.subrun(n).done.exists()]))
+            needs = named[name].needs
+            if name in done:
+                continue
+            if lost := [need for need in needs if need in failed]:
+                failed[name] = f"it needs {lost[0]}, which failed"
+                hosts.on_main(lambda name=name: _note(study.subrun(name), failed[name]))
+                continue
+            if not done.issuperset(needs):
+                left.append(name)
+                continue
+            rest = sum(needed[n] for n in named if n not in done and n not in failed)
+            more = f", about {_told(spent * rest / own)} left" if own else ""
+            say(f"run {places[name]} of {len(runs)}: {name}{more}")
+            try:
+                seconds = _timed(named[name], named, study)
+            except Busy as error:
+                say(f"{name}: {error.what}; it is looked at again later")
+                left.append(name)
+            except Exception as error:
+                if hosts.several():
+                    raise
+                failed[name] = " ".join(str(error).split()) or type(error).__name__
+                trace = None if isinstance(error, UserError) else traceback.format_exc()
+                _note(study.subrun(name), failed[name], trace)
+                say(f"{name} failed: {failed[name]}")
+            else:
+                spent, own = spent + seconds, own + needed[name]
+        if left == waiting:
+            _pause()
+        waiting = left
+    return failed
+
+
+def _timed(run: Run, named: Mapping[str, Run], study: Workdir) -> float:
+    """Does a run and notes that it is done; the seconds that it took."""
+    folder, start = study.subrun(run.name), time.monotonic()
+    _do(run, named, study)
+    seconds = time.monotonic() - start
+
+    def note() -> None:
+        starts = read_json(folder.run)["starts"] if folder.run.exists() else []
+        if not folder.done.exists():
+            write_json(folder.done, {"seconds": seconds, "starts": max(1, len(starts))})
+        folder.failed.unlink(missing_ok=True)
+
+    hosts.on_main(note)
+    return seconds
+
+
+def _note(folder: Workdir, error: str, trace: str | None = None) -> None:
+    write_json(folder.failed, {"error": error, "traceback": trace})
+
+
+def _do(run: Run, named: Mapping[str, Run], study: Workdir) -> None:
+    folder, config = study.subrun(run.name), run.config
+    if isinstance(config, Choice):
+        _choose(config, named, folder, study)
+    elif isinstance(config, FinetuneConfig):
+        finetune.run(config, str(folder.path))
+    elif isinstance(config, MergedConfig):
+        chosen = [read_json(study.subrun(need).chosen)["chosen"] for need in run.needs]
+        adapters = tuple(str(study.subrun(name).path) for name in chosen)
+        merged.run(dataclasses.replace(config, adapters=adapters), str(folder.path))
+    elif isinstance(config, ScoreConfig):
+        adapters = tuple(str(study.subrun(need).path) for need in run.needs)
+        evaluate.run(dataclasses.replace(config, adapters=adapters), str(folder.path))
+    else:
+        evaluate.run(config, str(folder.path))
+
+
+def _choose(choice: Choice, named: Mapping[str, Run], folder: Workdir, study: Workdir) -> None:
+    """Chooses the candidate that is best on validation, the first of equals, and scores it."""
+    with folder.writing(choice):
+        found = {n: best_of(study.subrun(n), choice.select) for n in choice.candidates}
+        best = max(found, key=found.__getitem__)
+        config = named[best].config
+        assert isinstance(config, FinetuneConfig)
+        evaluate.run(config, str(study.subrun(best).path))
+        told = {"chosen": best, "select": choice.select, "validation": found}
+        hosts.on_main(lambda: write_json(folder.chosen, told))
+
+
+def best_of(run: Workdir, select: str) -> float:
+    """The best that a trained run has reached on validation; more is better.
+
+    Args:
+        run: its folder.
+        select: "metric", or "loss", which is taken negative.
+    """
+    key, sign = ("headline", 1.0) if select == "metric" else ("loss", -1.0)
+    seen = [line.get(f"validation/{key}") for line in read_jsonl(run.metrics)]
+    return max((sign * x for x in seen if x is not None), default=-math.inf)
+
+
+def _report(config: StudyConfig, runs: Sequence[Run], study: Workdir) -> None:
     """Puts together what the runs have written."""
-    scores = [_collect(config, name, study) for name in config.tasks]
-    write_jsonl(study.results, [line for s in scores for line in _lines(s)])
-    text = report.render(config, scores, read_json(study.run), _base(study, config))
-    write_text(study.report, text)
-    print(report.tables(config, scores))
+    found = results.collect(config, runs, study)
+    write_jsonl(study.results, results.lines(found))
+    report.write(config, runs, found, study)
     say(f"report: {study.report}")
 
 
-def _folders(study: Workdir, task: str) -> tuple[Workdir, Workdir]:
-    return study.subrun(f"{task}-few-shot"), study.subrun(f"{task}-lora")
+def _pause() -> None:
+    time.sleep(PAUSE)
 
 
-def _base(study: Workdir, config: StudyConfig) -> dict[str, Any]:
-    """What the last start of the first tuned run says of base and data."""
-    return read_json(_folders(study, config.tasks[0])[1].run)["starts"][-1]["base"]
-
-
-def _collect(config: StudyConfig, name: str, study: Workdir) -> TaskScores:
-    """Reads what the runs of a task have written, and adds floors and the paired comparison."""
-    task = get_task(name, **config.icl[name].task.options)
-    few_shot, tuned = _folders(study, name)
-    settings = config.finetune[name].evaluation
-    train = load_examples(task, config.data, "train")
-    test = load_examples(task, config.data, settings.split)
-    shots = read_json(few_shot.path / "eval" / name / "shots.json")
-    chosen = shots["chosen"]
-
-    rows = []
-    for floor, predictions in floors(task, train, test).items():
-        guesses = [Prediction(value, "") for value in predictions]
-        metrics = score(task, guesses, test, settings.resamples, settings.seed)
-        rows.append(SystemScores(floor, metrics, len(test), None, ""))
-    for k in sorted({0, chosen} & {*config.icl[name].fewshot.shots, chosen}):
-        label = "zero-shot" if k == 0 else f"{k}-shot"
-        rows.append(_row(label, few_shot, name, f"{settings.split}-{k}-shot", study))
-    rows.append(_row("LoRA", tuned, name, settings.split, study))
-
-    ours = _statistics(task, tuned, settings.split, test)
-    theirs = _statistics(task, few_shot, f"{settings.split}-{chosen}-shot", test)
-    shared = [id for id in ours if id in theirs]
-    difference = paired_bootstrap(
-        np.stack([ours[id] for id in shared]),
-        np.stack([theirs[id] for id in shared]),
-        task.summarize,
-        settings.resamples,
-        settings.seed,
-    )
-    validation = {
-        k: read_json(few_shot.scores(name, f"validation-{k}-shot"))
-        for k in sorted(set(config.icl[name].fewshot.shots))
-    }
-    return TaskScores(
-        task=name,
-        headline=task.headline,
-        train_size=len(train),
-        seed=config.finetune[name].training.seed,
-        shots={k: Score(**v["metrics"][task.headline]) for k, v in validation.items()},
-        validation_size=next(iter(validation.values()))["n"],
-        chosen=chosen,
-        systems=tuple(rows),
-        difference=difference,
-        shared=len(shared),
-        train_overlap=overlap(task, test, train),
-    )
-
-
-def _row(system: str, run: Workdir, task: str, name: str, study: Workdir) -> SystemScores:
-    result = read_json(run.scores(task, name))
-    metrics = {metric: Score(**values) for metric, values in result["metrics"].items()}
-    return SystemScores(
-        system, metrics, result["n"], True, run.path.relative_to(study.path).as_posix()
-    )
-
-
-def _statistics(
-    task: Task, run: Workdir, name: str, examples: Sequence[Example]
-) -> dict[str, np.ndarray]:
-    ids, statistics = evaluate.read_statistics(task, run.predictions(task.name, name), examples)
-    return dict(zip(ids, statistics, strict=True))
-
-
-def _lines(scores: TaskScores) -> list[dict[str, Any]]:
-    """The lines of results.jsonl: one for each system and metric."""
-    return [
-        {
-            "system": row.system,
-            "task": scores.task,
-            "train_size": scores.train_size,
-            "seed": scores.seed,
-            "metric": metric,
-            "value": found.value,
-            "low": found.low,
-            "high": found.high,
-            "n": found.n,
-            "invalid_rate": row.metrics["invalid_rate"].value,
-            "pretrained": row.pretrained,
-            "run": row.run,
-        }
-        for row in scores.systems
-        for metric, found in row.metrics.items()
-    ]
+def _told(seconds: float) -> str:
+    """A time, roughly."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -13,6 +13,9 @@ skipped.json                        examples of the steps that training could no
 eval/<task>/<split>.metrics.json    scores, and .predictions.jsonl the examples behind them;
                                     .partial.jsonl those so far
 runs/<name>/                        run folders of a study, beside its results.jsonl, report.md
+                                    and figures/; each with done.json once it is, with
+                                    failed.json where it ended in an error, and with chosen.json
+                                    where it chooses among others
 """
 
 from __future__ import annotations
@@ -60,6 +63,11 @@ PACKAGES = (
 )
 """Packages whose versions are written to run.json."""
 
+
+class Busy(UserError):
+    """Another living process writes to the folder."""
+
+
 STALE = 300.0
 """Seconds without a sign of life after which a writer on another host counts as dead."""
 
@@ -84,6 +92,10 @@ class Workdir:
         self.figures = self.path / "figures"
         self.results = self.path / "results.jsonl"
         self.report = self.path / "report.md"
+        self.page = self.path / "report.html"
+        self.chosen = self.path / "chosen.json"
+        self.done = self.path / "done.json"
+        self.failed = self.path / "failed.json"
         self.lock = self.path / ".lock"
         self._changes: list[str] = []
 
@@ -116,8 +128,9 @@ class Workdir:
                 holds the new values, and run.json says so. None: there is no way to ask for it.
 
         Raises:
-            UserError: the folder cannot be written, holds another config, or has a writer; not
-                all processes see it.
+            Busy: it has another writer.
+            UserError: the folder cannot be written, or holds another config; not all processes
+                see it.
         """
         old: bytes | None = b""  # of config.json; what there was, the first process alone knows
 
@@ -262,7 +275,7 @@ def _acquire(path: Path) -> None:
         if not isinstance(owner, dict) or not {"host", "pid", "born"} <= owner.keys():
             owner = None
         if owner and (_lives(owner) if owner["host"] == here else _age(path) < STALE):
-            raise UserError(
+            raise Busy(
                 f"process {owner['pid']} on {owner['host']} is writing to this folder",
                 str(path.parent),
                 f"wait for it or stop it (if there is no such process, delete {path}, or wait "

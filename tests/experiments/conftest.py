@@ -94,9 +94,14 @@ def tiny_base(tmp_path_factory):
 
 
 def _set(config, path, value):
-    """Sets a dotted path wherever a config, or a section of a study, has it; task is any task."""
+    """Sets a dotted path wherever a config, or a section of a study, has it; task is any task.
+
+    One without a dot is of the config alone.
+    """
     section = path.partition(".")[0]
     nodes = [config, *(s for name in ("finetune", "icl") for s in config.get(name, {}).values())]
+    nodes += [config.mixed] if "mixed" in config else []
+    nodes = nodes if "." in path else [config]
     if section == "task":
         trained = [node.tasks for node in nodes if node.experiment == "finetune"]
         nodes += [{"task": task} for tasks in trained for task in tasks.values()]
@@ -176,7 +181,7 @@ def _contents(folder):
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
         if path.is_file()
-        and path.name not in ("run.json", ".lock", "report.md")
+        and path.name not in ("run.json", ".lock", "report.md", "report.html")
         and "tensorboard" not in path.parts
     }
 

@@ -1,116 +1,252 @@
+import contextlib
+import re
+
 import pytest
 
-from ecomjax.evaluation.predict import Predictor
-from ecomjax.experiments import study
-from ecomjax.experiments.config import to_json
+from ecomjax.errors import UserError
+from ecomjax.experiments import estimate, study
 from ecomjax.experiments.files import read_json, read_jsonl
-from ecomjax.hf.files import sha256_of
+from ecomjax.experiments.workdir import Workdir
+from ecomjax.preemption import Preempted
+from tests.experiments.studies import MadeUp
 
 FIELDS = {
-    "system",
-    "task",
-    "train_size",
-    "seed",
-    "metric",
-    "value",
-    "low",
-    "high",
-    "n",
-    "invalid_rate",
-    "pretrained",
-    "run",
+    *("system", "task", "train_size", "seed", "metric", "value", "low", "high", "n"),
+    *("invalid_rate", "pretrained", "run"),
 }
+FLOORS = {"esci": {"majority class", "bag of words"}, "queryner": {"most frequent tag per word"}}
+SYSTEMS = {"zero-shot", "2-shot", "LoRA", "mixed (concatenate)", "merged (linear)"}
 
 
 @pytest.fixture(scope="module")
 def config(make_config):
-    return make_config("study", "smoke", {"training.epochs": 1, "training.seed": 3})
+    rates = {"grid.learning_rates": (5e-4, 1e-3), "grid.seeds": (3,)}
+    return make_config("study", "smoke", {"tasks": ("esci", "queryner")} | rates)
 
 
-@pytest.fixture(scope="module")
-def finished(config, as_in_production, tmp_path_factory):
-    """The folder of a finished study on both tasks; tests must leave it as it is."""
-    folder = tmp_path_factory.mktemp("runs") / "study"
-    with as_in_production():
-        study.run(config, str(folder))
-    return folder
+def put_in(fakes, patch):
+    """Puts experiments that take no time in place of the real ones."""
+    patch.setattr(study.finetune, "run", fakes.finetune)
+    patch.setattr(study.evaluate, "run", fakes.evaluate)
+    patch.setattr(study.merged, "run", fakes.merge)
 
 
 @pytest.fixture
-def again(config, finished, monkeypatch, capsys, contents):
-    """What the same command prints when it is run again, without asking the model."""
-
-    def no_model(*_, **__):
-        raise AssertionError("the model was asked again")
-
-    before = contents(finished)
-    monkeypatch.setattr(Predictor, "predict", no_model)
-    study.run(config, str(finished))
-    assert contents(finished) == before
-    return capsys.readouterr().out
+def made_up(monkeypatch):
+    """The experiments of this test."""
+    fakes = MadeUp()
+    put_in(fakes, monkeypatch)
+    return fakes
 
 
-def test_tables_show_floors_few_shot_and_adapter_under_a_warning(again):
-    assert again.startswith("NOT A RESULT")
-    esci, queryner = again.partition("## queryner")[::2]
-    assert "## esci" in esci
-    for system in ("majority class", "bag of words", "zero-shot", "LoRA"):
-        assert f"| {system} " in esci
-    for system in ("most frequent tag per word", "zero-shot", "LoRA"):
-        assert f"| {system} " in queryner
-    assert "macro f1" in esci and "entity f1" in queryner and "invalid rate" in queryner
-    assert again.count("paired bootstrap over 12 examples") == 2
+@pytest.fixture(scope="module")
+def first(config, tmp_path_factory):
+    """The folder of a finished study, and the experiments that it took, in their order."""
+    folder, fakes = tmp_path_factory.mktemp("runs") / "study", MadeUp()
+    with pytest.MonkeyPatch.context() as patch:
+        put_in(fakes, patch)
+        study.run(config, str(folder))
+    return folder, tuple(fakes.calls)
 
 
-def test_results_name_what_is_needed_to_compare_them(config, finished, tiny_base):
+@pytest.fixture
+def finished(first):
+    """The folder; tests must leave it as it is."""
+    return first[0]
+
+
+def test_results_name_what_is_needed_to_compare_them(finished):
     lines = read_jsonl(finished / "results.jsonl")
     assert all(set(line) == FIELDS for line in lines)
-    assert {(line["train_size"], line["seed"]) for line in lines} == {(24, 3)}
-    ranked = {"ndcg", "no_gain_rate"}  # of the 3 queries; all else of the 12 examples
-    assert all(line["n"] == (3 if line["metric"] in ranked else 12) for line in lines)
     keys = [(line["task"], line["system"], line["metric"]) for line in lines]
     assert len(set(keys)) == len(keys)
+    for task, floors in FLOORS.items():
+        found = {line["system"] for line in lines if line["task"] == task}
+        assert found == floors | SYSTEMS
     for line in lines:
-        floor = line["system"] in ("majority class", "bag of words", "most frequent tag per word")
-        assert line["pretrained"] is (None if floor else True)
+        assert (line["train_size"], line["n"]) == (24, 12)
         assert line["low"] <= line["high"]
-        if line["run"]:
-            assert (finished / line["run"] / "run.json").is_file()
+        floor = line["system"] in FLOORS[line["task"]]
+        assert line["pretrained"] is (None if floor else True)
         assert bool(line["run"]) is not floor
-    by_key = dict(zip(keys, lines, strict=True))
-    for task, metric in (("esci", "macro_f1"), ("queryner", "entity_f1")):
-        scores = finished / "runs" / f"{task}-lora" / "eval" / task / "test.metrics.json"
-        told = read_json(scores)["metrics"]
-        line = by_key[task, "LoRA", metric]
-        assert line["value"] == told[metric]["value"]
-        assert line["invalid_rate"] == told["invalid_rate"]["value"]
-        assert (line["low"], line["high"]) == (told[metric]["low"], told[metric]["high"])
+        assert line["seed"] == (0 if floor or "shot" in line["system"] else 3)
+        if line["run"]:
+            folder = Workdir(finished / line["run"])
+            kept = list((folder.path / "eval" / line["task"]).glob("test*.metrics.json"))
+            told = [read_json(path)["metrics"][line["metric"]] for path in kept]
+            assert {key: line[key] for key in ("value", "low", "high", "n")} in told
 
 
-def test_the_report_tells_everything_needed_to_run_it_again(config, finished, again, tiny_base):
-    report = (finished / "report.md").read_text(encoding="utf-8")
-    assert "NOT A RESULT" in report
-    assert again.strip() in report
-    assert sha256_of([tiny_base / "model.safetensors"]) in report
-    assert to_json(config) in report
-    assert read_json(finished / "run.json")["run_id"] in report
+def test_every_candidate_is_trained_and_the_best_on_validation_alone_scored(first):
+    finished, calls = first
+    trained = [name for experiment, name in calls if experiment == "train"]
+    scored = [name for experiment, name in calls if experiment == "score"]
+    assert len(trained) == 6  # Two learning rates, of each of the tasks and of their mixture.
+    assert len(set(scored)) == len(scored)
+    for system in ("lora-esci", "lora-queryner", "mixed-concatenate"):
+        candidates = [name for name in trained if name.startswith(system)]
+        told = read_json(finished / "runs" / f"{system}-n24-s3" / "chosen.json")
+        assert set(told["validation"]) == set(candidates)
+        (chosen,) = set(scored) & set(candidates)
+        assert told["chosen"] == chosen == max(candidates, key=told["validation"].__getitem__)
+        for name in candidates:
+            folder = Workdir(finished / "runs" / name)
+            best = study.best_of(folder, "metric")
+            assert told["validation"][name] == best
+            # 1 - headline, as the experiments here make it up.
+            assert study.best_of(folder, "loss") == pytest.approx(best - 1)
 
 
-def test_a_study_that_is_no_smoke_run_has_no_warning(config, finished, make_config):
-    real = make_config("study", "quickstart")
-    scores = [study._collect(config, task, study.Workdir(finished)) for task in config.tasks]
-    assert "NOT A RESULT" in study.report.tables(config, scores)
-    assert "NOT A RESULT" not in study.report.tables(real, scores)
+def test_merges_are_of_the_chosen_adapters(finished):
+    merged = read_json(finished / "runs" / "merged-linear-all-n24-s3" / "config.json")
+    chosen = [
+        read_json(finished / "runs" / f"lora-{task}-n24-s3" / "chosen.json")["chosen"]
+        for task in ("esci", "queryner")
+    ]
+    assert merged["adapters"] == [str(finished / "runs" / name) for name in chosen]
 
 
-def test_the_difference_is_between_the_tuned_model_and_the_best_few_shot(config, finished):
-    for task in config.tasks:
-        found = study._collect(config, task, study.Workdir(finished))
-        systems = {row.system: row for row in found.systems}
-        few_shot = systems["zero-shot" if found.chosen == 0 else f"{found.chosen}-shot"]
-        for metric, (difference, low, high, _) in found.difference.items():
-            ours, theirs = systems["LoRA"].metrics[metric], few_shot.metrics[metric]
-            assert difference == pytest.approx(ours.value - theirs.value, abs=1e-12)
-            assert low <= high
-        assert found.shared == found.systems[0].n == 12
-        assert found.chosen == max(found.shots, key=lambda k: found.shots[k].value)
+def test_what_is_finished_is_not_done_again(config, finished, made_up, contents, capsys):
+    before = contents(finished)
+    study.run(config, str(finished))
+    assert made_up.calls == []
+    assert contents(finished) == before
+    assert "| LoRA " in capsys.readouterr().out
+
+
+def test_f53_killed_anywhere_and_restarted_it_gives_the_same_results(
+    config, first, made_up, tmp_path
+):
+    """Killed once before each of its experiments."""
+    (finished, undisturbed), killed = first, set()
+
+    def kill(call):
+        if call not in killed:
+            killed.add(call)
+            raise Preempted
+
+    made_up.before = kill
+    folder = tmp_path / "killed"
+    for _ in undisturbed:
+        with pytest.raises(Preempted):
+            study.run(config, str(folder))
+        assert not (folder / "results.jsonl").exists()
+    study.run(config, str(folder))
+    assert tuple(made_up.calls) == undisturbed
+    assert (folder / "results.jsonl").read_bytes() == (finished / "results.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("error", [UserError("no memory", "here", "buy some"), ZeroDivisionError()])
+def test_f54_a_failed_run_is_told_and_does_not_stop_the_others(
+    config, finished, made_up, tmp_path, error
+):
+    failing, folder = "lora-esci-n24-s3-lr5e-4", tmp_path / "failing"
+
+    def fail(call):
+        if call[1] == failing:
+            raise error
+
+    made_up.before = fail
+    with pytest.raises(UserError, match=f"4 of 13 runs have no result, first {failing}"):
+        study.run(config, str(folder))
+    told = read_json(folder / "runs" / failing / "failed.json")
+    assert ("ZeroDivisionError" in (told["traceback"] or "")) is not isinstance(error, UserError)
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    assert f"**{failing}:** {told['error']}" in report
+    assert f"**lora-esci-n24-s3:** it needs {failing}, which failed" in report
+    systems = {(line["task"], line["system"]) for line in read_jsonl(folder / "results.jsonl")}
+    assert ("queryner", "LoRA") in systems and ("esci", "mixed (concatenate)") in systems
+    assert ("esci", "LoRA") not in systems and ("queryner", "merged (linear)") not in systems
+
+    made_up.before = lambda call: None
+    study.run(config, str(folder))
+    assert (folder / "results.jsonl").read_bytes() == (finished / "results.jsonl").read_bytes()
+    assert not (folder / "runs" / failing / "failed.json").exists()
+    mended = (folder / "report.md").read_text(encoding="utf-8")
+    assert "Runs without a result" in report and "Runs without a result" not in mended
+
+
+def test_f55_runs_of_another_process_are_passed_over_and_looked_at_again(
+    config, finished, made_up, tmp_path, monkeypatch, capsys
+):
+    folder, taken = tmp_path / "shared", "lora-queryner-n24-s3-lr1e-3"
+    own = study.grid.runs(config)
+    (section,) = [run.config for run in own if run.name == taken]
+    with contextlib.ExitStack() as other:
+        other.enter_context(Workdir(folder / "runs" / taken).writing(section))
+        monkeypatch.setattr(study, "_pause", other.close)
+        study.run(config, str(folder))
+    assert f"{taken}: process" in capsys.readouterr().err
+    trained = [name for experiment, name in made_up.calls if experiment == "train"]
+    assert trained.count(taken) > 1 and trained[-1] == taken  # Before that in vain.
+    assert (folder / "results.jsonl").read_bytes() == (finished / "results.jsonl").read_bytes()
+
+
+def test_a_study_that_another_process_writes_its_report_of_waits_for_it(
+    config, finished, made_up, monkeypatch
+):
+    with contextlib.ExitStack() as other:
+        other.enter_context(Workdir(finished).writing(config))
+        waits = []
+        monkeypatch.setattr(study, "_pause", lambda: (waits.append(1), other.close()))
+        study.run(config, str(finished))
+    assert waits == [1]
+
+
+def test_progress_tells_place_and_time_left(config, made_up, tmp_path, capsys):
+    study.run(config, str(tmp_path / "study"))
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("run ")]
+    assert len(told) == 13
+    assert told[0] == "run 1 of 13: few-shot-esci-n24-s0"
+    assert re.fullmatch(r"run 3 of 13: lora-esci-n24-s3-lr5e-4, about \d+ s left", told[2])
+
+
+def test_a_dry_run_lists_everything_and_leaves_nothing(config, made_up, tmp_path, capsys):
+    study.dry_run(config, str(tmp_path / "study"))
+    told = capsys.readouterr().out.splitlines()
+    assert made_up.calls == [] and not (tmp_path / "study").exists()
+    assert len(told) == 14
+    assert re.match(
+        r"run 5 of 13: lora-esci-n24-s3: about \d+ s, after lora-esci-n24-s3-lr", told[4]
+    )
+    assert "a rough guess" in told[-1]
+
+
+def test_what_takes_longer_is_estimated_to_take_longer(make_config):
+    def needed(**changes):
+        changed = {key.replace("__", "."): value for key, value in changes.items()}
+        config = make_config("study", "smoke", {"tasks": ("esci", "queryner")} | changed)
+        return estimate.operations(study.grid.runs(config))
+
+    once, twice = needed(training__epochs=1), needed(training__epochs=2)
+    name = "lora-esci-n24-s0-lr1e-3"
+    assert twice[name] == 2 * once[name] > 0
+    assert twice["lora-esci-n24-s0"] == once["lora-esci-n24-s0"] > 0
+    few = needed(fewshot__shots=(0,))["few-shot-queryner-n24-s0"]
+    assert once["few-shot-queryner-n24-s0"] > few > 0
+
+
+@pytest.mark.slow
+def test_a_real_study_of_a_tiny_model(make_config, as_in_production, tmp_path, contents):
+    sizes = {"data.train_size": 8, "data.test_size": 6, "data.validation_size": 4}
+    few = {"fewshot.shots": (0, 1), "training.epochs": 1, "training.validation_examples": 4}
+    tasks = {"tasks": ("esci", "queryner")}
+    config = make_config("study", "smoke", sizes | few | tasks)
+    folder = tmp_path / "study"
+    with as_in_production():
+        study.run(config, str(folder))
+        before = contents(folder)
+        study.run(config, str(folder))
+    assert contents(folder) == before
+    lines = read_jsonl(folder / "results.jsonl")
+    for task, floors in FLOORS.items():
+        found = {line["system"] for line in lines if line["task"] == task}
+        assert found >= floors | (SYSTEMS - {"2-shot"})
+    for line in lines:
+        if line["system"] in SYSTEMS:
+            (kept,) = (folder / line["run"] / "eval" / line["task"]).glob(
+                "test-0-shot.metrics.json"
+                if line["system"] == "zero-shot"
+                else "test*.metrics.json"
+            )
+            assert read_json(kept)["metrics"][line["metric"]]["value"] == line["value"]
