@@ -47,6 +47,8 @@ class GenerateOptions(Sampling, Limits):
         Sampling.__post_init__(self)
         if self.samples < 1:
             raise UserError(f"samples {self.samples}", "decoding", "ask for 1 answer or more")
+        if isinstance(self.stop, str):
+            raise UserError(f"stop strings {self.stop!r}", "decoding", "give them as a tuple")
         if not all(self.stop):
             raise UserError(f"stop strings {list(self.stop)}", "decoding", "leave the empty out")
 

@@ -119,7 +119,7 @@ def test_keys_with_a_default_may_be_left_out():
     ("path", "value", "where"),
     [
         ("tasks", ["esci", "esci"], "config.tasks"),
-        ("tasks", ["esci"], "config.finetune"),
+        ("tasks", ["esci", "instruction"], "config.finetune"),
         ("finetune.esci.tasks", {"queryner": {"name": "queryner"}}, "config.finetune.esci"),
         ("icl.esci.task.name", "queryner", "config.icl.esci"),
         ("icl.queryner.model.name", "other", "config.icl.queryner"),

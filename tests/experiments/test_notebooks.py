@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMALL = {
+    "01_quickstart": {"TASKS": ("esci",)},
     "02_your_own_task": {"TRAIN": 16, "REST": 6},
     "03_merge_adapters": {"METHODS": ("linear",)},
 }
@@ -27,6 +28,7 @@ def program(path, changes):
         if cell["cell_type"] == "code":
             parts.append("".join(cell["source"]))
         if "parameters" in cell["metadata"].get("tags", ()):
+            assert all(f"{name} = " in parts[-1] for name in changes), changes
             parts += [f"{name} = {value!r}" for name, value in changes.items()]
     return "\n\n".join(parts)
 
@@ -40,7 +42,6 @@ def test_outputs_are_stripped(path):
 
 @pytest.mark.slow
 def test_they_run(tiny_base, tmp_path):
-    """In their order: the last one reads what the first has left."""
     # What one has compiled serves the next.
     compiled = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax")}
     for path in NOTEBOOKS:

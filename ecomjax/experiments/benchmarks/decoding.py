@@ -125,6 +125,7 @@ def beside_peer(base: Base, work: Work) -> Result:
     answers = run_ours()
     tried: dict[int, float] = {}
     for batch in work.peer_batches:
+        run_peer(batch)  # The first does not count, as in `alternate`.
         found, tried[batch] = timed(partial(run_peer, batch))
         same = np.mean([one == other for one, other in zip(answers, found, strict=True)])
         say(f"{name}: {same:.3f} of {count} answers are the same, peer's batch of {batch}")

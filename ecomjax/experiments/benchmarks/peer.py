@@ -7,13 +7,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ecomjax.errors import UserError
 from ecomjax.experiments.assembly import Base
 from ecomjax.hf.checkpoints import save_pretrained
 
 
 def imported(package: str) -> Any:
-    """A package of the peer; UserError where it is not installed."""
+    """A package of the peer; UserError where it is not installed, or ours would not run on the
+    CPU, where the peer does."""
+    if jax.default_backend() != "cpu":
+        raise UserError(
+            f"devices of the kind {jax.default_backend()}",
+            "the peer of this benchmark, which runs on the CPU",
+            "set JAX_PLATFORMS=cpu",
+        )
     try:
         return importlib.import_module(package)
     except ImportError as error:

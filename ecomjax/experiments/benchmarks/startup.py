@@ -53,6 +53,7 @@ def startup(more: Sequence[str] = ()) -> Iterator[Result]:
         with tempfile.TemporaryDirectory() as scratch:
             # Data are tokenized and programs compiled by the first of the two.
             home = os.environ | {"XDG_CACHE_HOME": scratch}
+            home.pop("JAX_COMPILATION_CACHE_DIR", None)
             for name, seconds in times.items():
                 command = [*train, *FIRST_STEP, *more, f"--workdir={scratch}/{name}"]
                 seconds.append(_seconds_until(STEPPED, command, home))
