@@ -60,7 +60,10 @@ if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-LONG = ("test_hosts", "test_meshes", "test_kill", "test_packing", "test_smollm2")
+LONG = (
+    *("test_hosts", "test_meshes", "test_kill", "test_packing", "test_smollm2"),
+    *("test_notebooks", "test_study", "test_encoders"),
+)
 """Modules that take many minutes each."""
 
 
