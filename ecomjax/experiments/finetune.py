@@ -99,9 +99,9 @@ def run(config: FinetuneConfig, workdir: str, allow: Sequence[str] = ()) -> None
         tasks = make_tasks(config.tasks)
         # Mistakes in the config and the data are told before a model is loaded.
         check_settings(config.tasks, config.evaluation)
+        shares([1] * len(tasks), _mixture(config.mixture, list(tasks)))
         if kind := known_kind(config.model):
             check_suited(kind, tasks, config)
-        shares([1] * len(tasks), _mixture(config.mixture, list(tasks)))
         validation = {
             label: load_examples(task, config.data, "validation") for label, task in tasks.items()
         }
