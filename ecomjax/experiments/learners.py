@@ -24,6 +24,7 @@ from ecomjax.experiments.assembly import Base, say
 from ecomjax.experiments.config import FinetuneConfig
 from ecomjax.experiments.sections import ModelConfig, TrainingConfig
 from ecomjax.hf.checkpoints import load_config
+from ecomjax.hf.presets import PRESETS
 from ecomjax.models import registry
 from ecomjax.models.bart import BartConfig
 from ecomjax.models.bert import BertConfig
@@ -50,8 +51,8 @@ def kind_of(shape: Any) -> Kind:
 
 
 def known_kind(config: ModelConfig) -> Kind | None:
-    """The kind of a model before it is loaded; None where the Hub alone knows."""
-    if not config.path and "/" in config.name:
+    """The kind of a model before it is loaded; None where that has to be loaded to be known."""
+    if not config.path and config.name not in PRESETS:
         return None
     return kind_of(load_config(config.name, config.path))
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ecomjax.errors import UserError
 from ecomjax.experiments import estimate, evaluate, finetune, grid, hosts, merged, report, results
-from ecomjax.experiments.assembly import say
+from ecomjax.experiments.assembly import chosen_rows, say
 from ecomjax.experiments.config import (
     FinetuneConfig,
     MergedConfig,
@@ -26,6 +26,7 @@ from ecomjax.experiments.config import (
 from ecomjax.experiments.files import read_json, read_jsonl, write_json, write_jsonl
 from ecomjax.experiments.grid import Choice, Run
 from ecomjax.experiments.workdir import Busy, Workdir
+from ecomjax.tasks.registry import get_task
 
 PAUSE = 5.0
 """Seconds until runs that other processes have are looked at again."""
@@ -42,6 +43,7 @@ def run(config: StudyConfig, workdir: str) -> None:
     """
     study, runs = Workdir(workdir), grid.runs(config)
     with _held(study, config):
+        _check_data(config)
         study.record_start()
     failed = _execute(runs, study)
     with _held(study, config):
@@ -67,6 +69,14 @@ def dry_run(config: StudyConfig, workdir: str) -> None:
         print(f"run {place} of {len(runs)}: {one.name}: {told}{needs}")
     left = sum(n for name, n in needed.items() if not study.subrun(name).done.exists())
     print(f"in all about {_told(left / speed)}, {estimate.BASIS}")
+
+
+def _check_data(config: StudyConfig) -> None:
+    """UserError where there are no data: no run would have a result."""
+    for name in config.tasks:
+        task = get_task(name, **config.icl[name].task.options)
+        for split in ("train", "validation", config.icl[name].evaluation.split):
+            chosen_rows(task, config.data, split)
 
 
 @contextlib.contextmanager
