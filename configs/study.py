@@ -28,10 +28,17 @@ TASKS = {
 EPOCHS = {"esci": 2, "queryner": 1, "review_summarization": 1, "description_generation": 1}
 """What fits the time; an answer to ESCI teaches at the fewest tokens."""
 
+CONVENTIONAL = {"esci": "minilm_l6", "queryner": "minilm_l6"}
+"""An encoder for each task that has classes."""
+
 GRIDS = {
-    "smoke": {"learning_rates": (), "merge_methods": ("linear",)},
-    "quickstart": {"learning_rates": (), "merge_methods": ("linear", "ties")},
-    "real": {"learning_rates": (5e-4, 1e-3), "merge_methods": ("linear", "ties")},
+    "smoke": {"merge_methods": ("linear",)},
+    "quickstart": {"merge_methods": ("linear", "ties")},
+    "real": {
+        "learning_rates": (5e-4, 1e-3),
+        "conventional_learning_rates": (1e-4, 2e-4),
+        "merge_methods": ("linear", "ties"),
+    },
 }
 
 SHOTS = {"smoke": (0, 1), "quickstart": (0, 1), "real": (0, 1, 3, 8)}
@@ -55,6 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "train_sizes": (),
             "seeds": (0,),
             "learning_rates": (),
+            "conventional_learning_rates": (),
             "epochs": (),
             "mixtures": ("concatenate",),
             "merge_methods": (),
@@ -65,8 +73,15 @@ def get_config(arg: str = "") -> ConfigDict:
     tuned = {task: finetune.get_config(task + option) for task in tasks}
     asked = {task: icl.get_config(task + option) for task in tasks}
     mixed = finetune.get_config("+".join(tasks) + option)
+    encoders = {
+        task: finetune.get_config(f"{task},{CONVENTIONAL[task]}{option}")
+        for task in tasks
+        if task in CONVENTIONAL
+    }
     for section in (*tuned.values(), *asked.values(), mixed):
         section.model, section.data = config.model, config.data
+    for section in encoders.values():
+        section.data = config.data
     for task in tasks:
         asked[task].update({"fewshot": {"shots": SHOTS[arg]}})
     if not smoke:
@@ -74,5 +89,5 @@ def get_config(arg: str = "") -> ConfigDict:
         for task in tasks:
             tuned[task].update({"training": {"epochs": EPOCHS[task]}})
     config.finetune, config.icl = ConfigDict(tuned), ConfigDict(asked)
-    config.mixed, config.conventional = mixed, ConfigDict()
+    config.mixed, config.conventional = mixed, ConfigDict(encoders)
     return config

@@ -43,10 +43,9 @@ class Limits:
     start: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise UserError(
-                f"max_new_tokens {self.max_new_tokens}", "decoding", "ask for 1 token or more"
-            )
+        for name in ("max_new_tokens", "batch_size"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"{name} {value}", "decoding", "use 1 or more")
 
 
 class Rows(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -47,6 +48,9 @@ class GenerateOptions(Sampling, Limits):
         Sampling.__post_init__(self)
         if self.samples < 1:
             raise UserError(f"samples {self.samples}", "decoding", "ask for 1 answer or more")
+        if self.samples > 1 and self.temperature == 0.0:
+            remedy = "set a temperature, or ask for 1"
+            raise UserError(f"{self.samples} greedy answers, all the same", "decoding", remedy)
         if isinstance(self.stop, str):
             raise UserError(f"stop strings {self.stop!r}", "decoding", "give them as a tuple")
         if not all(self.stop):
@@ -124,6 +128,9 @@ def generate(
             "decoding",
             "say how tokens are decoded to text",
         )
+    if numbers is not None and len(numbers) != len(prompts):
+        remedy = "give one number for each prompt"
+        raise UserError(f"{len(numbers)} numbers, {len(prompts)} prompts", "decoding", remedy)
     if table is not None:
         table = _checked(table, model, options)
     if not prompts:
@@ -173,7 +180,7 @@ def _answers(
     # Compiled code depends on none of these; a constant keeps it from being made anew.
     compiled = dataclasses.replace(options, batch_size=1, window=1, seed=0, samples=1, stop=())
     asked = itertools.product(range(len(prepared.own)), range(options.samples))
-    pending = sorted(asked, key=lambda one: len(prepared.own[one[0]]))
+    pending = deque(sorted(asked, key=lambda one: len(prepared.own[one[0]])))
     batch, parts = rows_of(len(pending), options.batch_size), row_parts()
     # So many rows are refilled at a time: more of them would wait longer for each other.
     together = parts * max(batch // parts // REFILLS, 1)
@@ -183,7 +190,7 @@ def _answers(
     while pending or any(held):
         free = [row for row, one in enumerate(held) if one is None]
         while pending and len(free) >= min(together, len(pending)):
-            chosen, pending = pending[:together], pending[together:]
+            chosen = [pending.popleft() for _ in range(min(together, len(pending)))]
             places, free = free[: len(chosen)], free[len(chosen) :]
             for row, one in zip(places, chosen, strict=True):
                 held[row], looked[row] = one, 0

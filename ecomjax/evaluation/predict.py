@@ -40,11 +40,12 @@ def way_of(task: Task, method: Method) -> Literal["likelihood", "generate", "con
         return "generate" if task.labels is None else "likelihood"
     what = ""
     if method == "likelihood" and task.labels is None:
-        what = f"task {task.name} has no closed set of labels"
+        what = "no closed set of labels"
     if method == "constrained" and not task.has_form:
-        what = f"answers to task {task.name} have no form"
+        what = "answers without a form"
     if what:
-        raise UserError(what, f"config.tasks.{task.name}.method", "use auto or generate")
+        remedy = "set its method to auto or generate"
+        raise UserError(f"{what} for method {method!r}", f"task {task.name}", remedy)
     return method
 
 

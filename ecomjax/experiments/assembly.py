@@ -194,18 +194,20 @@ def check_settings(tasks: Mapping[str, TaskConfig], config: EvaluationConfig) ->
     for label, way in ways.items():
         if way != "likelihood" and tasks[label].label_score != TaskConfig.label_score:
             raise UserError(
-                f"answers to {label} are not found by the likelihood of labels",
-                f"config.tasks.{label}.label_score",
-                "leave it at sum, or use the method likelihood where there are labels",
+                "a label_score for answers that are not found by the likelihood of labels",
+                f"task {label}",
+                "leave its label_score at sum, or set its method to likelihood",
             )
     for name in (*SAMPLING, "stop"):
-        value = getattr(config, name)
-        if "generate" not in ways.values() and value != getattr(EvaluationConfig, name):
-            raise UserError(
-                f"{value} for answers that are not drawn",
-                f"config.evaluation.{name}",
-                "leave it out, or set the method generate",
-            )
+        value, where = getattr(config, name), f"config.evaluation.{name}"
+        if value == getattr(EvaluationConfig, name):
+            continue
+        if "generate" not in ways.values():
+            remedy = "leave it out, or set the method generate"
+            raise UserError(f"{value} for answers that are not drawn", where, remedy)
+        if name in ("top_k", "top_p", "min_p") and config.temperature == 0.0:
+            remedy = "leave it out, or set config.evaluation.temperature"
+            raise UserError(f"{value} for answers that are greedy", where, remedy)
 
 
 def load_examples(

@@ -288,9 +288,8 @@ def _check_study(study: StudyConfig) -> None:
                 f"config.{name}",
                 f"give one to each of config.tasks, that is {sorted(study.tasks)}",
             )
-    for key in ("train_sizes", "seeds", "learning_rates", "epochs", "mixtures", "merge_methods"):
-        values = getattr(study.grid, key)
-        if len(set(values)) < len(values):
+    for key, values in vars(study.grid).items():
+        if isinstance(values, tuple) and len(set(values)) < len(values):
             raise UserError(f"values {list(values)}", f"config.grid.{key}", "give each once")
     if "merged" in study.systems and "lora" not in study.systems:
         raise UserError("nothing to merge", "config.systems", "add lora, whose adapters are merged")

@@ -140,8 +140,11 @@ def _tuned(
     tasks, grid = tuple(section.tasks), config.grid
     middle = section.mixture.policy if system == "mixed" else tasks[0]
     of = tasks, size, seed
-    name = _name(label if system == "conventional" else system, middle, size, seed)
-    rates = grid.learning_rates or (section.optimizer.learning_rate,)
+    if system == "conventional":
+        name, rates = _name(label, middle, size, seed), grid.conventional_learning_rates
+    else:
+        name, rates = _name(system, middle, size, seed), grid.learning_rates
+    rates = rates or (section.optimizer.learning_rate,)
     lengths = grid.epochs or (section.training.epochs,)
     candidates = []
     for rate, epochs in itertools.product(rates, lengths):

@@ -289,9 +289,12 @@ class GridConfig:
     seeds: Annotated[tuple[Count, ...], Filled()] = (0,)
     """Of trained systems, in place of `training.seed`."""
     learning_rates: tuple[AboveZero, ...] = ()
-    """Each is tried by every trained system; validation chooses."""
+    """Each is tried for every adapter; validation chooses."""
+    conventional_learning_rates: tuple[AboveZero, ...] = ()
+    """Likewise for every conventional model: trained in full, it wants others. The same number
+    of both is the same budget."""
     epochs: tuple[Positive, ...] = ()
-    """Likewise, with every learning rate."""
+    """Likewise for both, with every learning rate."""
     mixtures: tuple[MixturePolicy, ...] = ("concatenate",)
     """Policies of the system `mixed`, in place of `mixture.policy`."""
     merge_methods: tuple[str, ...] = ("linear", "ties")

@@ -218,6 +218,12 @@ def test_refusals(tiny, variables):
         run([[1]], temperature=-1.0)
     with pytest.raises(UserError, match="samples 0"):
         run([[1]], samples=0)
+    with pytest.raises(UserError, match="3 greedy answers, all the same"):
+        run([[1]], samples=3)
+    with pytest.raises(UserError, match="batch_size 0"):
+        run([[1]], batch_size=0)
+    with pytest.raises(UserError, match="1 numbers, 2 prompts"):
+        generate(tiny.model, variables, [[1], [2]], GenerateOptions(4, 0), numbers=[7])
     with pytest.raises(UserError, match=r"stop strings \[''\]: decoding; leave the empty out"):
         run([[1]], stop=("",))
     with pytest.raises(UserError, match=r"stop strings \['end'\] but no decoder"):

@@ -388,7 +388,7 @@ def test_room_for_the_longest_constrained_answer_of_each_example(make):
 
 
 def test_answers_without_a_form_are_not_constrained(make):
-    message = r"instruction have no form: config\.tasks\.instruction\.method; use auto or generate"
+    message = r"without a form .*: task instruction; set its method to auto or generate"
     with pytest.raises(UserError, match=message):
         make(Instruction(), method="constrained")
 
@@ -400,7 +400,7 @@ def test_labels_can_be_written_too(make, variables):
 
 
 def test_there_is_no_likelihood_of_labels_that_are_none(make, variables):
-    with pytest.raises(UserError, match=r"no closed set.*config\.tasks\.queryner\.method"):
+    with pytest.raises(UserError, match=r"no closed set.*task queryner; set its method"):
         make(QueryNer(), method="likelihood").predict(variables, examples_of(QueryNer(), 1))
 
 

@@ -1,4 +1,4 @@
-"""A base so small that whole experiments run in seconds: a folder to give as model.path."""
+"""Models so small that whole experiments run in seconds: folders to give as model.path."""
 
 import contextlib
 import socket
@@ -7,17 +7,21 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+from ml_collections import ConfigDict
 
 from configs import finetune, icl, score, study
 from ecomjax import trees
 from ecomjax.data.sources import SyntheticSource
 from ecomjax.data.store import Sizes
+from ecomjax.experiments import evaluate
+from ecomjax.experiments import finetune as finetune_experiment
 from ecomjax.experiments.config import from_config
 from ecomjax.hf import families
 from ecomjax.hf.checkpoints import open_pretrained, save_pretrained
 from ecomjax.hf.peft import write_adapter
 from ecomjax.hf.tokenizer import Tokenizer
 from ecomjax.models import registry
+from ecomjax.models.bert import BertConfig
 from ecomjax.models.llama import LlamaConfig
 from ecomjax.tasks.esci import Esci
 from ecomjax.tasks.queryner import QueryNer
@@ -93,13 +97,47 @@ def tiny_base(tmp_path_factory):
     return folder
 
 
+def _train_words() -> Tokenizer:
+    """One of whole words, those of a few rows of two tasks, as BERT takes them."""
+    names = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    texts = []
+    for task in (Esci(), QueryNer()):
+        for example in task.load(SyntheticSource(0, Sizes(train=50)), "train"):
+            texts.append(task.user(example))
+    special = list(names.values())
+    trainer = tokenizers.trainers.WordLevelTrainer(vocab_size=400, special_tokens=special)
+    backend.train_from_iterator(texts, trainer)
+    backend.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return Tokenizer(backend, names, None, "test")
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory):
+    """The folder of a random BERT of 2 layers, 32 wide, with its tokenizer."""
+    tokenizer = _train_words()
+    config = BertConfig(tokenizer.vocab_size, 32, 2, 2, 64, max_positions=96)
+    params = jax.device_get(registry.init(registry.build(config), jax.random.key(0)))
+    folder = tmp_path_factory.mktemp("base") / "encoder"
+    save_pretrained(folder, config, params, tokenizer)
+    return folder
+
+
 def _set(config, path, value):
     """Sets a dotted path wherever a config, or a section of a study, has it; task is any task.
 
     One without a dot is of the config alone.
     """
     section = path.partition(".")[0]
-    nodes = [config, *(s for name in ("finetune", "icl") for s in config.get(name, {}).values())]
+    parts = [config.get(name, {}) for name in ("finetune", "icl", "conventional")]
+    nodes = [config, *(section for part in parts for section in part.values())]
     nodes += [config.mixed] if "mixed" in config else []
     nodes = nodes if "." in path else [config]
     if section == "task":
@@ -116,12 +154,19 @@ def _set(config, path, value):
 
 @pytest.fixture(scope="session")
 def make_config(tiny_base):
-    """Function (experiment, argument, dotted changes) -> small config on the tiny base."""
+    """Function (experiment, argument, dotted changes) -> small config on the tiny base.
 
-    def make(experiment, argument="esci", changes=()):
+    Studies have conventional models where the folder of an encoder is given.
+    """
+
+    def make(experiment, argument="esci", changes=(), encoder=None):
         raw = CONFIGS[experiment].get_config(argument)
+        if experiment == "study" and encoder is None:
+            raw.conventional = ConfigDict()
         for path, value in ({"model.path": str(tiny_base)} | SMALL | dict(changes)).items():
             _set(raw, path, value)
+        for section in raw.get("conventional", {}).values():
+            section.model.path = str(encoder)
         return from_config(raw)
 
     return make
@@ -174,6 +219,18 @@ def _as_in_production():
 def as_in_production():
     """Context in which whole experiments run: without a network, and optax mixes dtypes."""
     return _as_in_production
+
+
+@pytest.fixture(scope="session")
+def run():
+    """Function (config, folder): trains there and scores, as the commands do."""
+
+    def run(config, folder):
+        with _as_in_production():
+            finetune_experiment.run(config, str(folder))
+            evaluate.run(config, str(folder))
+
+    return run
 
 
 def _contents(folder):

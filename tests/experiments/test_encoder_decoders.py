@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from ecomjax.errors import UserError
-from ecomjax.experiments import evaluate, finetune
+from ecomjax.experiments import finetune
 from ecomjax.experiments.files import read_json, read_jsonl
 from ecomjax.hf.checkpoints import save_pretrained
 from ecomjax.hf.tokenizer import Tokenizer
@@ -34,18 +34,6 @@ def configured(make_config, tiny_base, tmp_path_factory):
         return make_config("finetune", f"{task},{model}", own)
 
     return make
-
-
-@pytest.fixture(scope="module")
-def run(as_in_production):
-    """Function (config, folder): trains there and scores, as the commands do."""
-
-    def run(config, folder):
-        with as_in_production():
-            finetune.run(config, str(folder))
-            evaluate.run(config, str(folder))
-
-    return run
 
 
 def test_eight_answers_are_learnt_by_heart(configured, run, tmp_path):

@@ -5,53 +5,20 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import tokenizers
 
 from ecomjax import trees
-from ecomjax.data.sources import SyntheticSource
-from ecomjax.data.store import Sizes
 from ecomjax.errors import UserError
 from ecomjax.experiments import evaluate, finetune, learners
 from ecomjax.experiments.assembly import load_base, make_tasks
 from ecomjax.experiments.files import read_json, read_jsonl
-from ecomjax.hf.checkpoints import load_config, load_pretrained, save_pretrained
+from ecomjax.hf.checkpoints import load_config, load_pretrained
 from ecomjax.hf.safetensors_io import SafetensorsFile
-from ecomjax.hf.tokenizer import Tokenizer
 from ecomjax.models import registry
-from ecomjax.models.bert import BertConfig
 from ecomjax.models.heads import SequenceClassifierConfig, TokenClassifierConfig
 from ecomjax.tasks.esci import LABELS
 from ecomjax.tasks.queryner import TAGS
 from ecomjax.tasks.registry import get_task
 from ecomjax.training.checkpoint import Checkpoints
-
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-
-
-def make_tokenizer():
-    """One of whole words, those of a few rows of two tasks."""
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="[UNK]"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    texts = []
-    for task in (get_task("esci"), get_task("queryner")):
-        for example in task.load(SyntheticSource(0, Sizes(train=50)), "train"):
-            texts.append(task.user(example))
-    trainer = tokenizers.trainers.WordLevelTrainer(vocab_size=400, special_tokens=list(SPECIAL))
-    backend.train_from_iterator(texts, trainer)
-    backend.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    return Tokenizer(backend, dict(zip(names, SPECIAL, strict=True)), None, "test")
-
-
-@pytest.fixture(scope="module")
-def tiny_encoder(tmp_path_factory):
-    """The folder of a random BERT of 2 layers, 32 wide, with its tokenizer."""
-    tokenizer = make_tokenizer()
-    config = BertConfig(tokenizer.vocab_size, 32, 2, 2, 64, max_positions=96)
-    params = jax.device_get(registry.init(registry.build(config), jax.random.key(0)))
-    folder = tmp_path_factory.mktemp("base") / "encoder"
-    save_pretrained(folder, config, params, tokenizer)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -70,18 +37,6 @@ def configured(make_config, tiny_encoder):
         return make_config("finetune", f"{task},minilm_l6", shared | dict(changes))
 
     return make
-
-
-@pytest.fixture(scope="module")
-def run(as_in_production):
-    """Function (config, folder): trains there and scores, as the commands do."""
-
-    def run(config, folder):
-        with as_in_production():
-            finetune.run(config, str(folder))
-            evaluate.run(config, str(folder))
-
-    return run
 
 
 def told(folder, task, metric):

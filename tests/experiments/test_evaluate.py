@@ -233,11 +233,11 @@ def test_another_split_is_scored_beside_it(make_config, adapted, asked, tmp_path
 @pytest.mark.parametrize(
     ("task", "changes", "told"),
     [
-        ("queryner", {"task.label_score": "mean"}, r"config\.tasks\.queryner\.label_score"),
+        ("queryner", {"task.label_score": "mean"}, r"task queryner; leave its label_score"),
         (
             "esci",
             {"task.label_score": "mean", "task.method": "constrained"},
-            r"not found by .*config\.tasks\.esci\.label_score; leave it at sum",
+            r"not found by .*task esci; leave its label_score at sum",
         ),
         ("esci", {"evaluation.temperature": 0.5}, r"not drawn: config\.evaluation\.temperature"),
         (
@@ -247,7 +247,8 @@ def test_another_split_is_scored_beside_it(make_config, adapted, asked, tmp_path
         ),
         ("esci", {"evaluation.top_k": 5}, r"5 for .*not drawn: config\.evaluation\.top_k"),
         ("esci", {"evaluation.stop": ("x",)}, r"not drawn: config\.evaluation\.stop"),
-        ("queryner", {"task.method": "likelihood"}, r"no closed set.*queryner\.method"),
+        ("queryner", {"task.method": "likelihood"}, r"no closed set.*queryner; set its method"),
+        ("queryner", {"evaluation.min_p": 0.1}, r"0\.1 for .* greedy: config\.evaluation\.min_p"),
     ],
 )
 def test_settings_that_would_be_ignored_are_told_before_a_model_is_loaded(

@@ -118,15 +118,14 @@ def test_mixtures_are_of_the_tasks_that_are_compared(make):
         assert list(run.config.tasks) == list(run.config.mixture.weights) == ["esci", "queryner"]
 
 
-def test_conventional_models_are_tuned_like_adapters(make_config):
-    config = make_config("study", "smoke", {"tasks": ("esci", "queryner")})
-    section = dataclasses.replace(
-        config.finetune["esci"], model=dataclasses.replace(config.model, name="minilm_l6")
-    )
-    config = dataclasses.replace(config, conventional={"esci": section})
+def test_conventional_models_are_tuned_like_adapters_with_learning_rates_of_their_own(make_config):
+    rates = {"grid.learning_rates": (1e-3,), "grid.conventional_learning_rates": (1e-5, 2e-4)}
+    config = make_config("study", "smoke", {"tasks": ("esci",)} | rates, "any")
     runs = [run for run in grid.runs(config) if run.system == "conventional"]
-    assert names(runs) == ["minilm_l6-esci-n24-s0-lr1e-3", "minilm_l6-esci-n24-s0"]
+    name = "minilm_l6-esci-n24-s0"
+    assert names(runs) == [f"{name}-lr1e-5", f"{name}-lr2e-4", name]
     assert {run.label for run in runs} == {"minilm_l6"}
+    assert {run.name for run in grid.runs(config)} >= {"lora-esci-n24-s0-lr1e-3"}
 
 
 @pytest.mark.parametrize(

@@ -227,11 +227,13 @@ def test_what_takes_longer_is_estimated_to_take_longer(make_config):
 
 
 @pytest.mark.slow
-def test_a_real_study_of_a_tiny_model(make_config, as_in_production, tmp_path, contents):
+def test_a_real_study_of_tiny_models(
+    make_config, tiny_encoder, as_in_production, tmp_path, contents
+):
     sizes = {"data.train_size": 8, "data.test_size": 6, "data.validation_size": 4}
     few = {"fewshot.shots": (0, 1), "training.epochs": 1, "training.validation_examples": 4}
     tasks = {"tasks": ("esci", "queryner")}
-    config = make_config("study", "smoke", sizes | few | tasks)
+    config = make_config("study", "smoke", sizes | few | tasks, tiny_encoder)
     folder = tmp_path / "study"
     with as_in_production():
         study.run(config, str(folder))
@@ -241,9 +243,9 @@ def test_a_real_study_of_a_tiny_model(make_config, as_in_production, tmp_path, c
     lines = read_jsonl(folder / "results.jsonl")
     for task, floors in FLOORS.items():
         found = {line["system"] for line in lines if line["task"] == task}
-        assert found >= floors | (SYSTEMS - {"2-shot"})
+        assert found >= floors | {"minilm_l6"} | (SYSTEMS - {"2-shot"})
     for line in lines:
-        if line["system"] in SYSTEMS:
+        if line["run"]:
             (kept,) = (folder / line["run"] / "eval" / line["task"]).glob(
                 "test-0-shot.metrics.json"
                 if line["system"] == "zero-shot"
