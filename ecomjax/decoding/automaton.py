@@ -18,9 +18,10 @@ from typing import NamedTuple
 from ecomjax.data.forms import Form
 from ecomjax.errors import UserError
 
-WIDTH = 8
+WIDTH = 4
 """Most tokens that a state appends, unless no decision follows; a longer run goes on in more
-states. The tokens of a tag and of the word after it are seldom more."""
+states. All rows of a batch take as many slots as the one that appends most, so that few tokens
+at a time waste less."""
 
 SAMPLES = 8
 """Answers of a form that are tokenized as a whole to check the pieces that they consist of."""

@@ -77,14 +77,14 @@ def row_axis(x: Array) -> int | None:
     return 1 if x.ndim == 5 else 0
 
 
-def by_length(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Indices of the prompts of each batch, short prompts first.
+def by_length(lengths: Sequence[Any], batch_size: int) -> Iterator[list[int]]:
+    """Indices of the prompts of each batch, short ones first.
 
     A short last batch repeats its last prompt, so that no new shape is compiled and rows
     divide over the mesh in use.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    rows = rows_of(len(prompts), batch_size)
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    rows = rows_of(len(lengths), batch_size)
     for first in range(0, len(order), rows):
         chosen = order[first : first + rows]
         yield chosen + [chosen[-1]] * (rows - len(chosen))
@@ -194,7 +194,7 @@ def batches(
     if not prompts:
         return
     prepared = prepare(model, variables, prompts, limits, adapters)
-    for indices in by_length(prompts, limits.batch_size):
+    for indices in by_length([*map(len, prompts)], limits.batch_size):
         yield indices, prepared.rows(indices)
 
 

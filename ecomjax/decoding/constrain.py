@@ -223,14 +223,17 @@ def generate_constrained(
     ]
     sizes = _Sizes.of(automata)
     results: dict[int, Constrained] = {}
-    for indices in by_length(opened, batch_size):
+    # All rows of a batch take as many forwards as the one that takes most.
+    lengths = [(one.rounds, len(own)) for one, own in zip(automata, opened, strict=True)]
+    for indices in by_length(lengths, batch_size):
         own = adapters_of(indices, adapters)
         seen = prefixes.of_rows(before, own)
         rows = Rows(seen, *padded([opened[i] for i in indices]), jnp.int32(offset), own)
         chosen = [automata[i] for i in indices]
         # The last state of an answer is decided for, but not appended.
         rounds = max(automaton.rounds for automaton in chosen) + 1
-        rounds = _rounded(rounds, least=prefixes.BUCKET // sizes.width)
+        # Slots for all of them are looked at in each: no more than needed, in few shapes.
+        rounds += -rounds % max(prefixes.BUCKET // sizes.width, 1)
         found = _walk(model, rounds, variables, rows, _tables(chosen, sizes))
         states, log_probabilities = jax.device_get(found)
         for i, walked, log_probability in zip(indices, states, log_probabilities, strict=True):
@@ -286,6 +289,6 @@ def _tables(automata: Sequence[Automaton], sizes: _Sizes) -> Tables:
     return Tables(*map(jnp.asarray, (chunks, lengths, choices, targets)))
 
 
-def _rounded(size: int, least: int = 1) -> int:
+def _rounded(size: int) -> int:
     """The next power of two that is at least so large."""
-    return 1 << (max(size, least) - 1).bit_length()
+    return 1 << (size - 1).bit_length()
