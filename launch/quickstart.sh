@@ -6,6 +6,8 @@
 #   --workdir DIR  where the runs and the report go (runs/quickstart[-smoke][-data]); the same
 #                  command again resumes there
 set -euo pipefail
+# Python keeps what it compiles for the next start.
+unset PYTHONDONTWRITEBYTECODE
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$root/launch/quickstart.sh"; }

@@ -4,6 +4,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Python keeps what it compiles: the many processes of the tests would compile it all again.
+unset PYTHONDONTWRITEBYTECODE
+
 case "$#:${1:-}" in
   0:) selection=(-m "not slow") ;;
   1:--all) selection=() ;;

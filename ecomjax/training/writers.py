@@ -112,8 +112,9 @@ class MetricsWriter:
         Not through a `SummaryWriter`: its thread dies of a full disk, and its queue then blocks
         for ever.
         """
-        from tensorboardX.proto import event_pb2, summary_pb2
-        from tensorboardX.record_writer import RecordWriter
+        with _without_torch():
+            from tensorboardX.proto import event_pb2, summary_pb2
+            from tensorboardX.record_writer import RecordWriter
 
         events: Any = event_pb2
         summaries: Any = summary_pb2
@@ -135,6 +136,21 @@ class MetricsWriter:
         for event in made:
             self._events.write(event.SerializeToString())
         self._events.flush()
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Importing tensorboardX would import torch, if installed, which takes seconds and is not
+    used here."""
+    if "torch" in sys.modules:
+        yield
+        return
+    absent: Any = None
+    sys.modules["torch"] = absent
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 class NoWriter(MetricsWriter):

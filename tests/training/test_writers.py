@@ -3,6 +3,7 @@ import io
 import json
 import logging
 import math
+import subprocess
 import sys
 
 import pytest
@@ -83,6 +84,19 @@ def test_numbers_reach_tensorboard(tmp_path):
     values = [(v.tag, v.simple_value, e.step) for e in events for v in e.summary.value]
     assert values == [("loss", 0.25, 5)]
     assert any(e.HasField("session_log") and e.step == 5 for e in events)
+
+
+def test_torch_is_not_imported_for_tensorboard(tmp_path):
+    pytest.importorskip("torch")
+    program = (
+        "import sys; from ecomjax.training.writers import MetricsWriter\n"
+        f"with MetricsWriter({str(tmp_path / 'metrics.jsonl')!r}, {str(tmp_path)!r}) as writer:\n"
+        "    writer.write(1, {'loss': 1.0})\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout.decode().split() == ["False"]
+    assert any("tfevents" in path.name for path in tmp_path.iterdir())
 
 
 def framed(raw):
