@@ -229,10 +229,11 @@ class LowRank(flax.struct.PyTreeNode):
     def apply(self, x, kernel, y, index=None, key=None):
         del kernel
         x, a, b, scale = self._operands(x, key)
+        # Scaled where it is small, forward and backward.
         if index is None:
-            return y + scale * matmul(matmul(x, a), b)
-        chosen = jnp.einsum("B...d,Bdr,Bre->B...e", x, a[index], b[index])
-        return y + _by_row(scale[index], y) * chosen
+            return y + matmul(scale * matmul(x, a), b)
+        inner = jnp.einsum("B...d,Bdr->B...r", x, a[index])
+        return y + jnp.einsum("B...r,Bre->B...e", _by_row(scale[index], inner) * inner, b[index])
 
     def apply_ragged(self, x, kernel, y, sizes, index=None, key=None):
         """`apply` of an expert axis to rows [M, d_in] that lie expert by expert.
