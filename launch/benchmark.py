@@ -3,13 +3,15 @@
 python -m launch.benchmark packing [--data=DIR] [--json]
 python -m launch.benchmark train train_esci raw_step [--data=DIR] [--json]
 python -m launch.benchmark startup [--json]
-python -m launch.benchmark decode icl icl_onepass [--data=DIR] [--json]
+python -m launch.benchmark growth [--figure=growth.svg] [--json]
+python -m launch.benchmark decode decode_free decode_plain icl icl_onepass [--data=DIR] [--json]
 python -m launch.benchmark merge [--json]
 python -m launch.benchmark merge_7b [--methods=linear,concatenation,svd,ties,dare_ties] [--json]
 """
 
 import json
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 
@@ -20,6 +22,7 @@ DATA = flags.DEFINE_string(
     "data", "../shared/data", "Folder of real data, DIR/<task>/train.jsonl; or synthetic."
 )
 METHODS = flags.DEFINE_list("methods", [], "Of merge_7b; all of them if none is named.")
+FIGURE = flags.DEFINE_string("figure", "growth.svg", "Of growth; ends in .png or .svg.")
 JSON = flags.DEFINE_bool("json", False, "Whether each result is told as a line of JSON too.")
 
 
@@ -43,8 +46,10 @@ def main(argv):
     with errors_in_one_line():
         from ecomjax.experiments.benchmarks import registry
 
-        methods = {"methods": METHODS.value} if METHODS.value else {}
-        for result in registry.run(argv[1:], DATA.value, **methods):
+        given = registry.Given(DATA.value, figure=Path(FIGURE.value))
+        if METHODS.value:
+            given = given._replace(methods=METHODS.value)
+        for result in registry.run(argv[1:], given):
             print(result, flush=True)
             if JSON.value:
                 print(json.dumps(result.to_dict()), flush=True)

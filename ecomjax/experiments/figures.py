@@ -55,7 +55,7 @@ def heat_map(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    _check_suffix(path)
+    check_suffix(path)
     if not np.isfinite(table).any():
         raise UserError("no value to draw", str(path), "leave the figure out")
     low, high = bounds or (float(np.nanmin(table)), float(np.nanmax(table)))
@@ -92,6 +92,7 @@ def line_chart(
     *,
     x: str,
     y: str,
+    logarithmic: bool = False,
 ) -> None:
     """Writes lines with their intervals, each marked in its own way.
 
@@ -101,6 +102,7 @@ def line_chart(
         title: of the figure.
         x: what is on the horizontal axis.
         y: what is on the vertical axis.
+        logarithmic: whether both axes are, where all of a line is above zero.
 
     Raises:
         UserError: another suffix, no point, or a file that cannot be written.
@@ -109,7 +111,7 @@ def line_chart(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    _check_suffix(path)
+    check_suffix(path)
     if not any(series.values()):
         raise UserError("no value to draw", str(path), "leave the figure out")
     figure = Figure((6.4, 4.0))
@@ -123,7 +125,11 @@ def line_chart(
     axes.set_title(title, parse_math=False)
     axes.set_xlabel(x, parse_math=False)
     axes.set_ylabel(y, parse_math=False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if logarithmic:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -135,7 +141,8 @@ def _plain(name: str) -> str:
     return name.replace("$", r"\$").lstrip("_")
 
 
-def _check_suffix(path: Path) -> None:
+def check_suffix(path: Path) -> None:
+    """UserError unless a figure can be written by such a name."""
     if path.suffix not in (".png", ".svg"):
         raise UserError(f"suffix '{path.suffix}'", str(path), "write a .png or an .svg")
 

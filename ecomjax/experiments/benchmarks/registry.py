@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from ecomjax.errors import UserError
-from ecomjax.experiments.benchmarks.decoding import decode
+from ecomjax.experiments.benchmarks.decoding import decode, decode_free, decode_plain
+from ecomjax.experiments.benchmarks.growth import growth
 from ecomjax.experiments.benchmarks.label_scoring import icl, icl_onepass
 from ecomjax.experiments.benchmarks.merging import METHODS_7B, MergeResult, merge_7b
 from ecomjax.experiments.benchmarks.packing import packing
@@ -14,29 +17,40 @@ from ecomjax.experiments.benchmarks.result import Result
 from ecomjax.experiments.benchmarks.startup import startup
 from ecomjax.experiments.benchmarks.training import raw_step, train, train_esci
 
-BENCHMARKS: dict[str, Callable[[str, Sequence[str]], Iterable[Result | MergeResult]]] = {
-    "packing": lambda data, _: [packing(data)],
-    "train": lambda data, _: [train(data)],
-    "train_esci": lambda data, _: [train_esci(data)],
-    "raw_step": lambda _, __: [raw_step()],
-    "startup": lambda _, __: startup(),
-    "decode": lambda data, _: decode(data),
-    "icl": lambda data, _: [icl(data)],
-    "icl_onepass": lambda data, _: [icl_onepass(data)],
-    "merge": lambda _, __: [refactoring()],
-    "merge_7b": lambda _, methods: merge_7b(methods),
+
+class Given(NamedTuple):
+    """What a benchmark may read.
+
+    Attributes:
+        data: folder of real data, or "synthetic".
+        methods: see `merge_7b`.
+        figure: see `growth`.
+    """
+
+    data: str
+    methods: Sequence[str] = METHODS_7B
+    figure: Path = Path("growth.svg")
+
+
+BENCHMARKS: dict[str, Callable[[Given], Iterable[Result | MergeResult]]] = {
+    "packing": lambda given: [packing(given.data)],
+    "train": lambda given: [train(given.data)],
+    "train_esci": lambda given: [train_esci(given.data)],
+    "raw_step": lambda _: [raw_step()],
+    "startup": lambda _: startup(),
+    "growth": lambda given: growth(given.figure),
+    "decode": lambda given: [decode(given.data)],
+    "decode_free": lambda given: [decode_free(given.data)],
+    "decode_plain": lambda _: decode_plain(),
+    "icl": lambda given: [icl(given.data)],
+    "icl_onepass": lambda given: [icl_onepass(given.data)],
+    "merge": lambda _: [refactoring()],
+    "merge_7b": lambda given: merge_7b(given.methods),
 }
 
 
-def run(
-    names: Sequence[str], data: str, methods: Sequence[str] = METHODS_7B
-) -> Iterator[Result | MergeResult]:
-    """The results of some benchmarks, as they are found.
-
-    Args:
-        names: keys of `BENCHMARKS`.
-        data: see `packing`.
-        methods: see `merge_7b`.
+def run(names: Sequence[str], given: Given) -> Iterator[Result | MergeResult]:
+    """The results of some benchmarks, keys of `BENCHMARKS`, as they are found.
 
     Raises:
         UserError: there is no benchmark of a name, and what the benchmarks raise.
@@ -46,4 +60,4 @@ def run(
             known = ", ".join(BENCHMARKS)
             raise UserError(f"unknown benchmark '{name}'", "launch.benchmark", f"known: {known}")
     for name in names:
-        yield from BENCHMARKS[name](data, methods)
+        yield from BENCHMARKS[name](given)

@@ -17,7 +17,7 @@ def tiny(make_config, monkeypatch):
 
 def test_both_give_the_same_scores():
     """Eight examples of the peer are five, and three of them once more."""
-    results = list(registry.run(["icl", "icl_onepass"], "synthetic"))
+    results = list(registry.run(["icl", "icl_onepass"], registry.Given("synthetic")))
     assert [result.name for result in results] == ["icl", "icl_onepass"]
     assert [result.target for result in results] == [0.05, 0.25]
     for result in results:
@@ -31,4 +31,4 @@ def test_other_scores_are_a_defect(monkeypatch):
         label_scoring, "label_log_likelihoods", lambda *given, **rows: score(*given, **rows) + 0.01
     )
     with pytest.raises(UserError, match="log-likelihoods differ by"):
-        list(registry.run(["icl"], "synthetic"))
+        list(registry.run(["icl"], registry.Given("synthetic")))

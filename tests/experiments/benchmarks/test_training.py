@@ -21,7 +21,7 @@ def tiny(make_config, monkeypatch):
 
 @pytest.mark.parametrize("name", ["train", "raw_step"])
 def test_both_train_alike(name, capsys):
-    (result,) = registry.run([name], "synthetic")
+    (result,) = registry.run([name], registry.Given("synthetic"))
     told = result.to_dict()
     assert told["name"] == name and told["ratio"] == told["ours"] / told["peer"]
     assert {"torch", "transformers", "peft"} <= told["versions"].keys()
@@ -46,4 +46,4 @@ def test_another_optimizer_is_a_defect(monkeypatch):
 
     monkeypatch.setattr(training, "_ours", slower)
     with pytest.raises(UserError, match="losses differ by"):
-        list(registry.run(["raw_step"], "synthetic"))
+        list(registry.run(["raw_step"], registry.Given("synthetic")))
