@@ -77,6 +77,19 @@ def row_axis(x: Array) -> int | None:
     return 1 if x.ndim == 5 else 0
 
 
+def with_slots(held: Any, more: int) -> Any:
+    """A cache or a memory with so many more slots, which hold padding."""
+
+    def wider(x: Array) -> Array:
+        if row_axis(x) is None:
+            return x
+        slots = 3 if x.ndim == 5 else 1
+        # Segment ids of 0 are padding.
+        return jnp.pad(x, [(0, more if axis == slots else 0) for axis in range(x.ndim)])
+
+    return jax.tree.map(wider, held)
+
+
 def by_length(lengths: Sequence[Any], batch_size: int) -> Iterator[list[int]]:
     """Indices of the prompts of each batch, short ones first.
 

@@ -28,10 +28,15 @@ from ecomjax.decoding.batches import (
     count_adapters,
     padded,
     prefill,
+    row_axis,
+    with_slots,
 )
 from ecomjax.errors import UserError
-from ecomjax.sharding import constrain
+from ecomjax.sharding import constrain, row_parts
 from ecomjax.typing import PADDING_SEGMENT, KVCache
+
+FIRST_SLOTS = 32
+"""Slots that answers are given at first."""
 
 NO_TOKEN = -1
 """Stands where a state has fewer choices than another."""
@@ -56,28 +61,28 @@ class Constrained:
 
 
 class Tables(flax.struct.PyTreeNode):
-    """The automata of a batch; W tokens of a chunk, A choices, states and choices padded."""
+    """The automata of a batch; W tokens of a chunk, A choices of U tokens, states and choices
+    padded."""
 
     chunks: Int[Array, "B states W"]
     lengths: Int[Array, "B states"]
     """How many tokens of its chunk a state appends; 0 at the end of an answer, after which the
     model is not asked again."""
+    tokens: Int[Array, "U"]
+    """Those that a state has beside others to choose from."""
     choices: Int[Array, "B states A"]
-    """NO_TOKEN where there are fewer."""
+    """Places in `tokens`, of an only choice any; NO_TOKEN where there are fewer."""
     targets: Int[Array, "B states A"]
     """A state without choices leads to itself."""
 
 
 class _Walk(flax.struct.PyTreeNode):
-    """What the loop carries."""
+    """What the rows have come to."""
 
-    round: Int[Array, ""]
     state: Int[Array, "B"]
     """Decided for, its chunk not yet in the cache."""
     appended: Int[Array, "B"]
     """Tokens behind the prompt that are in the cache."""
-    states: Int[Array, "B rounds"]
-    """Those decided for, one a round."""
     log_probability: Float[Array, "B"]
     cache: KVCache
 
@@ -97,7 +102,7 @@ def _decide(
         hidden: of the last token of each row [B, 1, D].
         state: that the rows are in.
     """
-    logits: Any = model.apply(variables, hidden, rows.adapter, method="logits")
+    logits: Any = model.apply(variables, hidden, rows.adapter, tables.tokens, method="logits")
     choices, targets = _of_state(tables.choices, state), _of_state(tables.targets, state)
     allowed = choices != NO_TOKEN
     scores = jnp.take_along_axis(logits[:, 0], jnp.where(allowed, choices, 0), axis=1)
@@ -127,42 +132,94 @@ def _append(
     return jnp.take_along_axis(hidden, last[:, :, None], axis=1), cache, length
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _walk(
-    model: nn.Module, rounds: int, variables: Any, rows: Rows, tables: Tables
-) -> tuple[Int[Array, "B rounds"], Float[Array, "B"]]:
-    """The states that each row decides for, and the log-probability of its decisions."""
-    batch = rows.lengths.shape[0]
-    hidden, cache = prefill(model, variables, rows, (rounds - 1) * tables.chunks.shape[2])
-    start = jnp.zeros(batch, jnp.int32)
+@partial(jax.jit, static_argnums=0)
+def _begin(
+    model: nn.Module, variables: Any, rows: Rows, tables: Tables
+) -> tuple[_Walk, Int[Array, "B"]]:
+    """The first decision of each row, behind its prompt; and that on every process."""
+    hidden, cache = prefill(model, variables, rows, new_slots=0)
+    start = jnp.zeros(rows.lengths.shape[0], jnp.int32)
     state, log_probability = _decide(model, variables, rows, tables, hidden, start)
-    begun = _Walk(
-        round=jnp.ones((), jnp.int32),
-        state=state,
-        appended=jnp.zeros(batch, jnp.int32),
-        states=jnp.zeros((batch, rounds), jnp.int32).at[:, 0].set(state),
-        log_probability=log_probability,
-        cache=cache,
-    )
+    return _Walk(state, start, log_probability, cache), constrain(state, (None,))
 
-    def unfinished(s: _Walk) -> Bool[Array, ""]:
-        return (_of_state(tables.lengths, s.state) > 0).any()
 
-    def step(s: _Walk) -> _Walk:
+@partial(jax.jit, static_argnums=(0, 1))
+def _go_on(
+    model: nn.Module, rounds: int, variables: Any, rows: Rows, tables: Tables, s: _Walk
+) -> tuple[_Walk, Int[Array, "B rounds"], Bool[Array, "B"], Float[Array, "B"]]:
+    """As many further decisions, or until all answers have ended.
+
+    Returns:
+        the walk; then, on every process, the states decided for, the rows whose answers have
+        not ended, and the log-probability of all decisions so far.
+    """
+
+    def live(s: _Walk) -> Bool[Array, "B"]:
+        return _of_state(tables.lengths, s.state) > 0
+
+    def unfinished(carry: Any) -> Bool[Array, ""]:
+        number, s, _ = carry
+        return live(s).any() & (number < rounds)
+
+    def step(carry: Any) -> Any:
+        number, s, states = carry
         hidden, cache, length = _append(model, variables, rows, tables, s)
         state, gained = _decide(model, variables, rows, tables, hidden, s.state)
-        return _Walk(
-            round=s.round + 1,
-            state=state,
-            appended=s.appended + length,
-            states=jax.lax.dynamic_update_slice(s.states, state[:, None], (0, s.round)),
-            log_probability=s.log_probability + gained,
-            cache=cache,
-        )
+        states = jax.lax.dynamic_update_slice(states, state[:, None], (0, number))
+        walked = _Walk(state, s.appended + length, s.log_probability + gained, cache)
+        return number + 1, walked, states
 
-    ended = jax.lax.while_loop(unfinished, step, begun)
-    # Every process reads the answers of all.
-    return constrain(ended.states, (None, None)), constrain(ended.log_probability, (None,))
+    s = s.replace(cache=with_slots(s.cache, rounds * tables.chunks.shape[2]))
+    # Rows whose answer ends stay where they are.
+    states = jnp.tile(s.state[:, None], (1, rounds))
+    _, s, states = jax.lax.while_loop(unfinished, step, (jnp.int32(0), s, states))
+    told = constrain(live(s), (None,)), constrain(s.log_probability, (None,))
+    return s, constrain(states, (None, None)), *told
+
+
+@jax.jit
+def _rows_kept(
+    rows: Rows, tables: Tables, s: _Walk, places: Int[Array, "few"]
+) -> tuple[Rows, Tables, _Walk]:
+    """Some of the rows of a batch."""
+
+    def take(x: Array) -> Array:
+        axis = row_axis(x)
+        return x if axis is None else jnp.take(x, places, axis)
+
+    before = rows.before if rows.adapter is None else jax.tree.map(take, rows.before)
+    rows = jax.tree.map(take, rows._replace(before=None))._replace(before=before)
+    own: Tables = jax.tree.map(take, tables.replace(tokens=None))
+    return rows, own.replace(tokens=tables.tokens), jax.tree.map(take, s)
+
+
+def _walk(
+    model: nn.Module, variables: Any, rows: Rows, tables: Tables
+) -> tuple[Int[np.ndarray, "B rounds"], Float[np.ndarray, "B"]]:
+    """The states that each row decides for, and the log-probability of its decisions.
+
+    Every slot of a cache costs time in each forward: there are more of them only once the
+    answers have come so far, and then twice as many, so that few shapes are compiled. Rows go
+    when half of them have ended.
+    """
+    s, first = _begin(model, variables, rows, tables)
+    width, count = tables.chunks.shape[2], tables.chunks.shape[0]
+    walked, rounds = [np.asarray(first)[:, None]], max(FIRST_SLOTS // width, 1)
+    places, log_probability = np.arange(count), np.zeros(count, np.float32)
+    while True:
+        s, *told = _go_on(model, rounds, variables, rows, tables, s)
+        states, live, log_probability[places] = jax.device_get(told)
+        # Rows that have gone stay where they were.
+        walked.append(np.repeat(walked[-1][:, -1:], rounds, axis=1))
+        walked[-1][places] = states
+        if not live.any():
+            return np.concatenate(walked, axis=1), log_probability
+        half = len(places) // 2
+        if live.sum() <= half and half % row_parts() == 0:
+            kept = np.argsort(~live, kind="stable")[:half]
+            rows, tables, s = _rows_kept(rows, tables, s, jnp.asarray(kept, jnp.int32))
+            places = places[kept]
+        rounds = sum(states.shape[1] for states in walked) - 1
 
 
 def generate_constrained(
@@ -230,12 +287,7 @@ def generate_constrained(
         seen = prefixes.of_rows(before, own)
         rows = Rows(seen, *padded([opened[i] for i in indices]), jnp.int32(offset), own)
         chosen = [automata[i] for i in indices]
-        # The last state of an answer is decided for, but not appended.
-        rounds = max(automaton.rounds for automaton in chosen) + 1
-        # Slots for all of them are looked at in each: no more than needed, in few shapes.
-        rounds += -rounds % max(prefixes.BUCKET // sizes.width, 1)
-        found = _walk(model, rounds, variables, rows, _tables(chosen, sizes))
-        states, log_probabilities = jax.device_get(found)
+        states, log_probabilities = _walk(model, variables, rows, _tables(chosen, sizes))
         for i, walked, log_probability in zip(indices, states, log_probabilities, strict=True):
             results[i] = _read(automata[i], walked.tolist(), float(log_probability))
         on_done(len(set(indices)))
@@ -260,15 +312,20 @@ class _Sizes(NamedTuple):
     states: int
     width: int
     choices: int
+    tokens: tuple[int, ...]
+    """See `Tables`; in ascending order, the last of them repeated."""
 
     @classmethod
     def of(cls, automata: Sequence[Automaton]) -> _Sizes:
         deciding = [state for one in automata for state in one.states if state.choices]
         inner = [state for one in automata for state in one.states[1:] if state.choices]
+        several = [state.choices for state in deciding if len(state.choices) > 1]
+        tokens = sorted({token for choices in several for token in choices}) or [0]
         return cls(
             _rounded(max(len(automaton.states) for automaton in automata)),
             _rounded(max((len(state.chunk) for state in inner), default=1)),
             _rounded(max((len(state.choices) for state in deciding), default=1)),
+            (*tokens, *tokens[-1:] * (_rounded(len(tokens)) - len(tokens))),
         )
 
 
@@ -280,13 +337,16 @@ def _tables(automata: Sequence[Automaton], sizes: _Sizes) -> Tables:
     targets = np.zeros_like(choices) + np.arange(sizes.states, dtype=np.int32)[:, None]
     for row, automaton in enumerate(automata):
         for number, state in enumerate(automaton.states):
-            choices[row, number, : len(state.choices)] = state.choices
+            several = len(state.choices) > 1
+            places = np.searchsorted(sizes.tokens, state.choices) if several else 0
+            choices[row, number, : len(state.choices)] = places
             targets[row, number, : len(state.targets)] = state.targets
             # The start's stand in the prompt, and after those of an end nothing is asked.
             if number > 0 and state.choices:
                 chunks[row, number, : len(state.chunk)] = state.chunk
                 lengths[row, number] = len(state.chunk)
-    return Tables(*map(jnp.asarray, (chunks, lengths, choices, targets)))
+    tokens = np.array(sizes.tokens, np.int32)
+    return Tables(*map(jnp.asarray, (chunks, lengths, tokens, choices, targets)))
 
 
 def _rounded(size: int) -> int:

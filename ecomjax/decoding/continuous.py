@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ecomjax.decoding.batches import Rows, follow, prefill, row_axis
+from ecomjax.decoding.batches import Rows, follow, prefill, row_axis, with_slots
 from ecomjax.decoding.regular import TokenTable
 from ecomjax.decoding.sampling import sample
 from ecomjax.models.encoder_decoder import Memory
@@ -125,16 +125,8 @@ def idle(model: nn.Module, options: Any, prompted: Prompted, batch: int) -> Deco
 @partial(jax.jit, static_argnums=1)
 def grow(s: Decoding, more: int) -> Decoding:
     """The state with so many more slots for prompts, or for sources where rows follow those."""
-
-    def wider(x):
-        if row_axis(x) is None:
-            return x
-        slots = 3 if x.ndim == 5 else 1
-        # Segment ids of 0 are padding.
-        return jnp.pad(x, [(0, more if axis == slots else 0) for axis in range(x.ndim)])
-
     name = "own" if isinstance(s.own, Memory) else "cache"
-    return _split(s.replace(**{name: jax.tree.map(wider, getattr(s, name))}))
+    return _split(s.replace(**{name: with_slots(getattr(s, name), more)}))
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)

@@ -168,12 +168,16 @@ class Decoder(nn.Module):
         return self.final_norm(x), cache, outputs
 
     def logits(
-        self, hidden: Float[Array, "B T D"], adapter_index: Int[Array, "B"] | None = None
-    ) -> Float[Array, "B T V"]:
-        """Next-token logits in float32."""
+        self,
+        hidden: Float[Array, "B T D"],
+        adapter_index: Int[Array, "B"] | None = None,
+        tokens: Int[Array, "U"] | None = None,
+    ) -> Float[Array, "B T U"]:
+        """Next-token logits in float32, of the whole vocabulary or of some tokens of it."""
         if self.config.tied_embeddings:
-            return self.embed.attend(hidden, adapter_index).astype(jnp.float32)
-        return self.lm_head(hidden, adapter_index).astype(jnp.float32)
+            return self.embed.attend(hidden, adapter_index, tokens).astype(jnp.float32)
+        logits = self.lm_head(hidden, adapter_index).astype(jnp.float32)
+        return logits if tokens is None else logits[..., tokens]
 
     def everything(self, tokens, positions, segment_ids):
         """Hidden states and logits; touches every parameter, for initialisation."""

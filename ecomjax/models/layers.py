@@ -134,14 +134,21 @@ class Embed(nn.Module):
         return constrain(y, ("batch", None, "embed"))
 
     def attend(
-        self, x: Float[Array, "*B D"], adapter_index: Int[Array, "B"] | None = None
-    ) -> Float[Array, "*B V"]:
+        self,
+        x: Float[Array, "*B D"],
+        adapter_index: Int[Array, "B"] | None = None,
+        tokens: Int[Array, "U"] | None = None,
+    ) -> Float[Array, "*B U"]:
+        """Products with the vectors of all rows, or of some."""
+        table = self.embedding if tokens is None else self.embedding[tokens]
         # The table stands on the left: XLA on CPU would copy it to read it transposed.
         x = x.astype(self.dtype)
-        logits = (self.embedding.astype(self.dtype) @ x.reshape(-1, x.shape[-1]).T).T
+        logits = (table.astype(self.dtype) @ x.reshape(-1, x.shape[-1]).T).T
         logits = logits.reshape(*x.shape[:-1], -1)
         if self.has_variable("lora", "embedding"):
             leaf = self.get_variable("lora", "embedding").transposed()
+            if tokens is not None:
+                leaf = leaf.replace(b=leaf.b[..., tokens])
             logits = leaf.apply(x, None, logits, adapter_index)
         return logits
 

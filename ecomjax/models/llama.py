@@ -161,6 +161,6 @@ class Llama(Decoder):
         window[list(c.sliding_layers)] = c.sliding_window
         return of_layers._replace(window=jnp.asarray(window))
 
-    def logits(self, hidden, adapter_index=None):
-        logits, cap = super().logits(hidden, adapter_index), self.config.logit_softcap
+    def logits(self, hidden, adapter_index=None, tokens=None):
+        logits, cap = super().logits(hidden, adapter_index, tokens), self.config.logit_softcap
         return cap * jnp.tanh(logits / cap) if cap else logits

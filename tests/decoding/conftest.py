@@ -42,10 +42,10 @@ class Watched(Llama):
     traced = 0
     runs = 0
 
-    def logits(self, hidden, adapter_index=None):
+    def logits(self, hidden, adapter_index=None, tokens=None):
         type(self).traced += 1
         jax.debug.callback(self.count)
-        return super().logits(hidden, adapter_index)
+        return super().logits(hidden, adapter_index, tokens)
 
     @classmethod
     def count(cls):

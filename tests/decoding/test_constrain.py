@@ -10,6 +10,7 @@ from ecomjax.adapters import lora
 from ecomjax.adapters.routing import hold_together
 from ecomjax.adapters.rules import LoraRule
 from ecomjax.data.forms import Edge, Form, one_of
+from ecomjax.decoding import constrain
 from ecomjax.decoding.automaton import from_form
 from ecomjax.decoding.constrain import generate_constrained
 from ecomjax.errors import UserError
@@ -150,6 +151,21 @@ def test_answers_are_those_of_the_naive_loop(answering, automata, prompts):
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_any_batch_gives_the_same_answers(answering, automata, prompts, batch_size):
     assert_answers(answering, automata, prompts, batch_size)
+
+
+@pytest.mark.parametrize("answering", ["llama"], indirect=True)
+def test_answers_that_outgrow_their_slots_are_the_same(answering, automata, prompts, monkeypatch):
+    asked = []
+    monkeypatch.setattr(constrain, "FIRST_SLOTS", 1)
+    with_slots = constrain.with_slots
+
+    def counted(held, more):
+        asked.append(more)
+        return with_slots(held, more)
+
+    monkeypatch.setattr(constrain, "with_slots", counted)
+    assert_answers(answering, automata, prompts, 8)
+    assert len(set(asked)) > 2
 
 
 @pytest.mark.parametrize("answering", ["llama"], indirect=True)

@@ -31,7 +31,7 @@ from ecomjax.tasks.registry import get_task
 QUERIES = 64
 """Of the validation split, drawn."""
 
-CONSTRAINED_BATCH, FREE_BATCH = 16, 64
+CONSTRAINED_BATCH, FREE_BATCH = 32, 64
 """Prompts that ours takes at once."""
 
 PEER_BATCHES = (8, 16, 32, 64)
