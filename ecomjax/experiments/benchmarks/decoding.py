@@ -142,8 +142,8 @@ def beside_peer(base: Base, work: Work) -> Result:
     name, count = work.name, len(work.prompts)
     answers = run_ours()
     tried: dict[int, float] = {}
+    run_peer(work.peer_batches[0])  # The first does not count, as in `alternate`.
     for batch in work.peer_batches:
-        run_peer(batch)  # The first does not count, as in `alternate`.
         found, tried[batch] = timed(partial(run_peer, batch))
         other = sum(one != theirs for one, theirs in zip(answers, found, strict=True))
         say(f"{name}: {other} of {count} answers differ, peer's batch of {batch}")
