@@ -38,7 +38,7 @@ def class_log_probabilities(
         on_done: called with the number of sequences just finished, for progress.
     """
     found: dict[int, np.ndarray] = {}
-    for indices in by_length(sequences, batch_size):
+    for indices in by_length([*map(len, sequences)], batch_size):
         lengths = np.array([len(sequences[i]) for i in indices], np.int32)
         shape = (len(indices), size_class(int(lengths.max())))
         tokens, kinds = np.zeros(shape, np.int32), np.zeros(shape, np.int32)

@@ -83,7 +83,7 @@ def label_log_likelihoods(
     count = count_adapters(variables, len(prompts), adapters)
     start = prefixes.fill_prefix(model, variables, prompts[0][:offset], count)
     scores = np.zeros((len(prompts), len(labels)), np.float32)
-    for indices in by_length(prompts, batch_size):
+    for indices in by_length([*map(len, prompts)], batch_size):
         batch = _label_rows([prompts[i][offset:] for i in indices], labels, offset)
         own = adapters_of(indices, adapters)
         found = score_rows(model, len(labels), variables, start, batch, own)
