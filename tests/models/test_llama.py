@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ecomjax.models.stack import REMAT_POLICIES
+from ecomjax.typing import LowRank
 
 RNG = np.random.default_rng(0)
 B, T = 3, 14
@@ -211,6 +212,20 @@ def test_bfloat16_computes_and_float32_comes_out(make_llama, tokens, tied):
     assert np.abs(logits - exact).max() > 1e-4 * np.abs(exact).max()
     assert tiny.model.new_cache(1, 2).keys.dtype == jnp.bfloat16
     assert tiny.params["final_norm"]["scale"].dtype == np.float32
+
+
+@pytest.mark.parametrize("changes", [{"tied_embeddings": True}, {"logit_softcap": 2.0}])
+def test_logits_of_some_tokens_are_those_of_all(make_llama, changes):
+    """The embedding adapted, where it is the head."""
+    tiny, rng = make_llama(**changes), np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((2, 3, 24), np.float32))
+    tokens = jnp.array([60, 3, 3, 17], jnp.int32)
+    a, b = (0.3 * rng.standard_normal(shape, np.float32) for shape in ((61, 2), (2, 24)))
+    leaf = LowRank(jnp.asarray(a), jnp.asarray(b), jnp.float32(0.7))
+    lora = {"embed": {"embedding": leaf}}
+    for variables in ({"params": tiny.params}, {"params": tiny.params, "lora": lora}):
+        run = functools.partial(tiny.model.apply, variables, hidden, method="logits")
+        np.testing.assert_allclose(run(None, tokens), run()[..., tokens], rtol=1e-5, atol=1e-6)
 
 
 def test_heads_tied_and_free(make_llama):
