@@ -13,8 +13,7 @@ from jaxtyping import Float
 
 from ecomjax.data.encoded import NO_CLASS, Encoded, key_of
 from ecomjax.decoding.classes import class_log_probabilities
-from ecomjax.errors import UserError
-from ecomjax.evaluation.encode import EncoderTokenizer, encode_pair, encode_words
+from ecomjax.evaluation.encode import EncoderTokenizer, check_window, encode_pair, encode_words
 from ecomjax.evaluation.predict import Demonstrations, Prediction
 from ecomjax.models.heads import SequenceClassifier
 from ecomjax.tasks.base import Example, Task
@@ -103,13 +102,7 @@ class Classifier:
             raise TypeError("an encoder is shown no demonstrations")
         cut = self.window if self.too_long == "truncate" else sys.maxsize
         found = [self._encoded(example, cut) for example in examples]
-        for example, (encoded, _) in zip(examples, found, strict=True):
-            if len(encoded.tokens) > self.window:
-                raise UserError(
-                    f"input of {len(encoded.tokens)} tokens in a window of {self.window}",
-                    f"{self.task.name}, example {example.id}",
-                    "use shorter inputs, or set config.evaluation.too_long=truncate",
-                )
+        check_window(self.task, examples, [encoded.tokens for encoded, _ in found], self.window)
         return found
 
     def predict(

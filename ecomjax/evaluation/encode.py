@@ -218,3 +218,16 @@ def _shares(sizes: tuple[int, int], room: int) -> tuple[int, int]:
 
 def _no_such(task: Task, what: str) -> UserError:
     return UserError(f"no {what}", f"task {task.name}", "use a model that writes text")
+
+
+def check_window(
+    task: Task, examples: Sequence[Example], read: Sequence[Sequence[int]], window: int
+) -> None:
+    """UserError where what is read of an example has more tokens than the window."""
+    for example, tokens in zip(examples, read, strict=True):
+        if len(tokens) > window:
+            raise UserError(
+                f"input of {len(tokens)} tokens in a window of {window}",
+                f"{task.name}, example {example.id}",
+                "use shorter inputs, or set config.evaluation.too_long=truncate",
+            )

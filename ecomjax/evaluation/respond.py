@@ -12,8 +12,7 @@ import flax.linen as nn
 from ecomjax.data.encoded import Encoded, key_of
 from ecomjax.decoding.generate import GenerateOptions, generate
 from ecomjax.decoding.sampling import Sampling
-from ecomjax.errors import UserError
-from ecomjax.evaluation.encode import EncodedSource, SourceTokenizer, encode_source
+from ecomjax.evaluation.encode import EncodedSource, SourceTokenizer, check_window, encode_source
 from ecomjax.evaluation.predict import Demonstrations, Prediction
 from ecomjax.tasks.base import Example, Task
 
@@ -93,13 +92,7 @@ class Responder:
             raise TypeError("sources show no demonstrations")
         cut = self.window if self.too_long == "truncate" else sys.maxsize
         found = [encode_source(self.task, each, self.tokenizer, cut) for each in examples]
-        for example, encoded in zip(examples, found, strict=True):
-            if len(encoded.source) > self.window:
-                raise UserError(
-                    f"source of {len(encoded.source)} tokens in a window of {self.window}",
-                    f"{self.task.name}, example {example.id}",
-                    "use shorter inputs, or set config.evaluation.too_long=truncate",
-                )
+        check_window(self.task, examples, [encoded.source for encoded in found], self.window)
         return found
 
     def predict(
