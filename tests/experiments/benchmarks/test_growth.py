@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from ecomjax.errors import UserError
@@ -10,13 +12,17 @@ def test_the_exponent_is_that_of_a_power_law(power):
     assert growth.exponent(sizes, [3.0 * n**power for n in sizes]) == pytest.approx(power)
 
 
+@pytest.mark.usefixtures("loose_promotion")
 def test_time_and_memory_of_every_kind_are_measured_and_drawn(tmp_path, monkeypatch):
     few = {"layers": (1, 2), "rank": (1, 2), "examples": (200, 400), "adapters": (2, 3)}
     for constant, sizes in zip(
         ("LAYERS", "RANKS", "EXAMPLES", "ADAPTERS"), few.values(), strict=True
     ):
         monkeypatch.setattr(growth, constant, sizes)
-    monkeypatch.setattr(growth, "ROUNDS", 1)
+    narrow = {"vocab_size": 512, "width": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 64}
+    shape = dataclasses.replace(growth.SHAPE, **narrow)
+    for constant, value in {"SHAPE": shape, "ROUNDS": 1, "ROWS": 1, "LENGTH": 32}.items():
+        monkeypatch.setattr(growth, constant, value)
     figure = tmp_path / "growth.svg"
     results = list(registry.run(["growth"], registry.Given("", figure=figure)))
     kinds = [(name, kind) for name in few for kind in growth.Cost._fields]
