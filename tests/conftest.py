@@ -7,7 +7,6 @@ against their annotations, shapes included, at each call.
 
 import dataclasses
 import functools
-import itertools
 import os
 import signal
 import zlib
@@ -38,11 +37,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Compiled programs are kept for other tests and runs. With a bound of its own, the cache would
-# read the times of all that it holds at each write.
-COMPILED = ROOT / ".pytest_cache" / "jax"
-jax.config.update("jax_compilation_cache_dir", str(COMPILED))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# Tests hardly compile a program twice, and XLA has died while it wrote one out to be kept. Commands
+# that tests start keep theirs where they are told to.
+jax.config.update("jax_enable_compilation_cache", False)
 
 # jax rebuilds structs around specs, shardings and None, so their fields are not checked.
 flax.struct.PyTreeNode.__no_type_check__ = True
@@ -67,17 +64,6 @@ LONG = (
     *("test_notebooks", "test_study", "test_encoders"),
 )
 """Modules that take many minutes each."""
-
-
-def pytest_sessionstart(session):
-    """Programs that were compiled longest ago go, beyond a gigabyte."""
-    if hasattr(session.config, "workerinput"):
-        return
-    programs = sorted(COMPILED.glob("*-cache"), key=lambda path: -path.stat().st_mtime)
-    sizes = itertools.accumulate(path.stat().st_size for path in programs)
-    for path, total in zip(programs, sizes, strict=True):
-        if total > 2**30:
-            path.unlink()
 
 
 def pytest_collection_modifyitems(items):
