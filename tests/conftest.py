@@ -7,6 +7,7 @@ against their annotations, shapes included, at each call.
 
 import dataclasses
 import functools
+import gc
 import os
 import signal
 import zlib
@@ -16,6 +17,8 @@ from typing import Any
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "8",
+    # Compiling takes longer than running, in the commands that tests start too.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -64,6 +67,9 @@ LONG = (
     *("test_notebooks", "test_study", "test_encoders"),
 )
 """Modules that take many minutes each."""
+
+REAL = ("test_smollm2", "test_minilm")
+"""Modules that run real models, whose programs are worth optimizing."""
 
 
 def pytest_collection_modifyitems(items):
@@ -163,12 +169,14 @@ def make_llama():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation(request):
-    """Compiling takes longer than running, except in slow tests: optimization would not pay.
+def programs(request):
+    """Programs are optimized for real models alone, and go with the module that they are of.
 
-    Set for a whole module, fixtures included: what they made is compared bit for bit.
+    Set for a whole module, fixtures included: what they made is compared bit for bit. Each
+    program takes some fifteen of the 65,530 memory maps that Linux grants a process, and XLA
+    dies where none are left.
     """
-    slow = request.node.get_closest_marker("slow") is not None
-    jax.config.update("jax_disable_most_optimizations", not slow)
+    jax.config.update("jax_disable_most_optimizations", request.path.stem not in REAL)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    gc.collect()

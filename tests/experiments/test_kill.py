@@ -18,7 +18,7 @@ from ecomjax.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, KILLS = 180, 20
+STEPS, KILLS = 180, 8
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +125,12 @@ def assert_same(run, whole):
             assert len(found) > 10
 
 
-def test_f01_killed_twenty_times_it_ends_like_a_run_that_was_not(start, whole, tmp_path):
+def test_f01_killed_again_and_again_it_ends_like_a_run_that_was_not(start, whole, tmp_path):
     """At moments drawn from steps and the time they take, of which saves are the larger part."""
     draw, saving, reached = random.Random(0), 0, []
     for _ in range(KILLS):
         process = start(tmp_path)
-        wait_for_step(process, tmp_path, last_step(tmp_path) + draw.randint(1, 12))
+        wait_for_step(process, tmp_path, last_step(tmp_path) + draw.randint(1, 20))
         time.sleep(draw.uniform(0.0, 0.1))
         process.kill()
         _, told = process.communicate()
@@ -138,7 +138,7 @@ def test_f01_killed_twenty_times_it_ends_like_a_run_that_was_not(start, whole, t
         saving += any(name.startswith(".tmp-") for name in names(tmp_path / "checkpoints"))
         reached.append(last_step(tmp_path))
     assert reached[-1] < STEPS and not (tmp_path / "adapter").exists()
-    assert saving >= 3 and len(set(reached)) > KILLS // 2, (saving, reached)
+    assert saving >= 2 and len(set(reached)) > KILLS // 2, (saving, reached)
     finish(start(tmp_path))
     assert len(read_json(tmp_path / "run.json")["starts"]) == KILLS + 1
     assert_same(tmp_path, whole)
