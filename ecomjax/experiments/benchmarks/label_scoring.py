@@ -32,8 +32,8 @@ EXAMPLES, BATCH = 64, 16
 """Scored by ours in a turn, demonstrations included, and how many of them at once."""
 
 PEER_EXAMPLES = 4
-"""Scored by the peer in a turn, others each turn: what it does for an example does not depend on
-how many there are."""
+"""Scored by the peer in a turn, others each turn, one of each quarter by length: what it does for
+an example does not depend on how many there are."""
 
 TOLERANCE = 1e-4
 """Of a log-likelihood, in parts of it where it is beyond one. In float32 either side is up to
@@ -96,7 +96,9 @@ def beside_peer(
     """
     model, variables = load_peer(base), {"params": base.params}
     found: dict[int, list[float]] = {}
-    order = itertools.cycle(range(len(prompts)))
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    quarters = np.array_split(by_length, PEER_EXAMPLES)
+    order = itertools.cycle([int(i) for turn in zip(*quarters, strict=False) for i in turn])
 
     def run_ours() -> Float[np.ndarray, "n labels"]:
         rows = {"batch_size": BATCH, "window": base.config.max_positions}
@@ -130,6 +132,7 @@ def beside_peer(
             "peer_examples": PEER_EXAMPLES * ROUNDS,
             "difference": difference,
             "prompt_tokens": float(np.mean([len(prompt) for prompt in prompts])),
+            "peer_prompt_tokens": float(np.mean([len(prompts[i]) for i in found])),
         },
     )
 
