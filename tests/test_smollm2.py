@@ -11,8 +11,9 @@ from ecomjax.adapters.quantize import quantize, ratios
 from ecomjax.data.encoded import Encoded, EncodedSet, shared_prefix
 from ecomjax.data.packing import assemble, make_plan
 from ecomjax.decoding.automaton import from_form
+from ecomjax.decoding.beam import BeamOptions, beam_search
 from ecomjax.decoding.constrain import generate_constrained
-from ecomjax.decoding.generate import GenerateOptions, generate
+from ecomjax.decoding.generate import GenerateOptions, generate, until
 from ecomjax.errors import UserError
 from ecomjax.hf import presets
 from ecomjax.hf.checkpoints import load_pretrained, save_pretrained
@@ -164,6 +165,28 @@ def test_greedy_tokens(loaded, torch_model, prompts):
         options = GenerateOptions(32, end, batch_size)
         results = generate(model, variables, prompts, options)
         assert [r.tokens + (end,) * r.ended for r in results] == expected
+
+
+def test_beam_search(loaded, torch_model, prompts):
+    """The best of four beams, 12 tokens for three prompts of mixed lengths."""
+    import torch
+
+    chosen, end, expected = prompts[:3], loaded.tokenizer.eos_id, []
+    for prompt in chosen:
+        with torch.no_grad():
+            answer = torch_model.generate(
+                torch.tensor([prompt]),
+                max_new_tokens=12,
+                num_beams=4,
+                do_sample=False,
+                early_stopping=False,
+                eos_token_id=end,
+                pad_token_id=0,
+            )
+        expected.append(until((end,), answer[0, len(prompt) :].tolist()))
+    model, variables = registry.build(loaded.config), jax.device_put({"params": loaded.params})
+    results = beam_search(model, variables, chosen, BeamOptions(12, end, beams=4))
+    assert [(r.tokens, r.ended) for r in results] == expected
 
 
 def test_step_by_step_is_the_full_forward(loaded, prompts, logits):

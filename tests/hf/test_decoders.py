@@ -11,7 +11,8 @@ import pytest
 from ecomjax import trees
 from ecomjax.adapters import lora
 from ecomjax.adapters.rules import LoraRule
-from ecomjax.decoding.generate import GenerateOptions, generate
+from ecomjax.decoding.beam import BeamOptions, beam_search
+from ecomjax.decoding.generate import GenerateOptions, generate, until
 from ecomjax.errors import UserError
 from ecomjax.hf import checkpoints, families
 from ecomjax.hf.checkpoints import Identity, fingerprint
@@ -267,6 +268,27 @@ def test_greedy_tokens_are_those_of_transformers(config, params, torch_model, to
     ]
     ours = generate(registry.build(config), {"params": params}, prompts, GenerateOptions(16, 2))
     assert [[*r.tokens, *[2] * r.ended] for r in ours] == theirs
+
+
+def test_beam_search_is_that_of_transformers(config, params, torch_model, tokens):
+    """Of four beams, whose best answer is seldom the greedy one; each prompt alone there."""
+    import torch
+
+    prompts = [tokens[0, :5].tolist(), tokens[1, :17].tolist()]
+    theirs = [
+        torch_model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=12,
+            num_beams=4,
+            do_sample=False,
+            early_stopping=False,
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    variables = {"params": params}
+    ours = beam_search(registry.build(config), variables, prompts, BeamOptions(12, 2, beams=4))
+    assert [(r.tokens, r.ended) for r in ours] == [until((2,), answer) for answer in theirs]
 
 
 def test_lora_on_every_linear_layer(config, params, tokens, forward):
