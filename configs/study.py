@@ -67,6 +67,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "mixtures": ("concatenate",),
             "merge_methods": (),
             "merge_pairs": False,
+            "together": 1,
         }
         | GRIDS[arg]
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from ecomjax import placement, sharding
 from ecomjax.data.encoded import EncodedSet, Joined, Kept, fit_window, shared_prefix
@@ -44,15 +47,23 @@ from ecomjax.experiments.learners import (
     loss_of,
     with_head,
 )
-from ecomjax.experiments.sections import MixtureConfig
-from ecomjax.experiments.tuning import make_tuning
+from ecomjax.experiments.sections import MixtureConfig, OptimizerConfig
+from ecomjax.experiments.tuning import Tuning, make_tuning
 from ecomjax.experiments.workdir import Workdir
 from ecomjax.tasks.base import Example
 from ecomjax.training.checkpoint import Checkpoints
 from ecomjax.training.guards import Guard
-from ecomjax.training.loop import LoopOptions, fit
-from ecomjax.training.step import make_loss_pass, make_train_step
+from ecomjax.training.loop import Course, LoopOptions, fit
+from ecomjax.training.state import TrainState
+from ecomjax.training.step import (
+    JointTrainStep,
+    Loss,
+    make_joint_train_step,
+    make_loss_pass,
+    make_train_step,
+)
 from ecomjax.training.writers import MetricsWriter, NoWriter
+from ecomjax.typing import Batch
 
 NO_MATTER = (
     "evaluation.split",
@@ -95,47 +106,120 @@ def run(config: FinetuneConfig, workdir: str, allow: Sequence[str] = ()) -> None
         workdir: the run folder.
         allow: keys of the config that may change on resume.
     """
-    with Workdir(workdir).writing(config, ignore=NO_MATTER, allow=allow) as folder:
-        tasks = make_tasks(config.tasks)
-        # Mistakes in the config and the data are told before a model is loaded.
-        check_settings(config.tasks, config.evaluation)
-        shares([1] * len(tasks), _mixture(config.mixture, list(tasks)))
-        if kind := known_kind(config.model):
-            check_suited(kind, tasks, config)
-        validation = {
-            label: load_examples(task, config.data, "validation") for label, task in tasks.items()
-        }
-        base = load_base(config.model, config.mesh, any_kind=True)
-        check_suited(kind_of(base.config), tasks, config)
-        base = with_head(base, tasks, config.training)
-        data = {
-            label: _prepare(
-                label,
-                make_predictor(base, task, config.tasks[label], config.evaluation),
-                validation[label],
-                config,
-            )
-            for label, task in tasks.items()
-        }
-        train = Joined([found.train for found in data.values()])
-        rows = config.training.rows * sharding.row_parts(base.mesh)
-        plan = _plan(train, [found.prefix for found in data.values()], config, rows)
-        facts = {
-            "base": base.identity,
-            "tokenizer": base.tokenizer.fingerprint,
-            "seed": config.training.seed,
-            "data": {label: found.facts for label, found in data.items()},
-        }
-        hosts.check_same("base", base.identity.sha256)
-        hosts.check_same("data", facts["data"])
-        _check_unchanged(facts, folder)
-        folder.record_start(**facts)
-        say(
-            f"{'+'.join(data)}: {len(plan)} steps of {config.training.batch_size} examples "
-            f"in rows of {plan.row_length} tokens"
-        )
+    (error,) = run_together([config], [workdir], allow)
+    if error is not None:
+        raise error
+
+
+def run_together(
+    configs: Sequence[FinetuneConfig], workdirs: Sequence[str], allow: Sequence[str] = ()
+) -> list[UserError | None]:
+    """As `run`, of several runs over one base in memory, all of whose steps are one program.
+
+    Each has its own folder, in which all is as if it had run alone, but for rounding; each may
+    be resumed alone or with others. Only `joinable` runs can go together.
+
+    Returns:
+        What ended each of them before its time, if anything did.
+    """
+    (first, *others), held = configs, contextlib.ExitStack()
+    assert all(joinable(first, other) for other in others), "these have no base in common"
+    with held:
+        folders = [
+            held.enter_context(Workdir(path).writing(config, ignore=NO_MATTER, allow=allow))
+            for config, path in zip(configs, workdirs, strict=True)
+        ]
+        validation, base = _load(first)
         with sharding.use(base.mesh):
-            _train(config, base, data, train, plan, folder)
+            trainings = [
+                _begin(config, folder, validation, base, held)
+                for config, folder in zip(configs, folders, strict=True)
+            ]
+            _train(trainings)
+            for one in trainings:
+                if one.course.error is None:
+                    _keep_best(one)
+        return [one.course.error for one in trainings]
+
+
+def joinable(one: FinetuneConfig, other: FinetuneConfig) -> bool:
+    """Whether two runs can be trained as one program: adapters alike for the same base.
+
+    They may differ in seed, epochs, optimizer and rows of train. Not those of PiSSA, which
+    changes the base, and no model in full.
+    """
+
+    def common(config: FinetuneConfig) -> FinetuneConfig:
+        return dataclasses.replace(
+            config,
+            data=dataclasses.replace(config.data, train_size=0),
+            training=dataclasses.replace(config.training, seed=0, epochs=1),
+            optimizer=OptimizerConfig(),
+        )
+
+    alone = one.training.tune == "all" or one.adapter.pissa
+    return not alone and common(one) == common(other)
+
+
+def _load(config: FinetuneConfig) -> tuple[dict[str, list[Example]], Base]:
+    """Validation examples and base; mistakes in config and data are told before it is loaded."""
+    tasks = make_tasks(config.tasks)
+    check_settings(config.tasks, config.evaluation)
+    shares([1] * len(tasks), _mixture(config.mixture, list(tasks)))
+    if kind := known_kind(config.model):
+        check_suited(kind, tasks, config)
+    validation = {
+        label: load_examples(task, config.data, "validation") for label, task in tasks.items()
+    }
+    base = load_base(config.model, config.mesh, any_kind=True)
+    check_suited(kind_of(base.config), tasks, config)
+    return validation, base
+
+
+def _begin(
+    config: FinetuneConfig,
+    folder: Workdir,
+    validation: Mapping[str, list[Example]],
+    base: Base,
+    held: contextlib.ExitStack,
+) -> Training:
+    """Data, plan and state of a run, at the step where it is to go on.
+
+    Args:
+        config, folder: of the run.
+        validation: examples of each task.
+        base: the model.
+        held: closes what the run keeps open.
+    """
+    tasks = make_tasks(config.tasks)
+    base = with_head(base, tasks, config.training)
+    data = {
+        label: _prepare(
+            label,
+            make_predictor(base, task, config.tasks[label], config.evaluation),
+            validation[label],
+            config,
+        )
+        for label, task in tasks.items()
+    }
+    train = Joined([found.train for found in data.values()])
+    rows = config.training.rows * sharding.row_parts(base.mesh)
+    plan = _plan(train, [found.prefix for found in data.values()], config, rows)
+    facts = {
+        "base": base.identity,
+        "tokenizer": base.tokenizer.fingerprint,
+        "seed": config.training.seed,
+        "data": {label: found.facts for label, found in data.items()},
+    }
+    hosts.check_same("base", base.identity.sha256)
+    hosts.check_same("data", facts["data"])
+    _check_unchanged(facts, folder)
+    folder.record_start(**facts)
+    say(
+        f"{'+'.join(data)}: {len(plan)} steps of {config.training.batch_size} examples "
+        f"in rows of {plan.row_length} tokens"
+    )
+    return _resume(config, base, data, train, plan, folder, held)
 
 
 def _prepare(
@@ -237,23 +321,45 @@ def _mixture(config: MixtureConfig, labels: list[str]) -> Mixture:
     return Mixture(config.policy, config.temperature, weights, config.cap, config.examples)
 
 
-def _train(
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A run that is about to train.
+
+    Attributes:
+        folder: of the run.
+        labels: of its tasks.
+        tuning: what is trained.
+        loss: of a batch, as `make_train_step` takes it.
+        optimizer: and its learning rate by step.
+        lies: where the arrays of the state lie.
+        course: the rest.
+    """
+
+    folder: Workdir
+    labels: list[str]
+    tuning: Tuning
+    loss: Loss
+    optimizer: tuple[optax.GradientTransformation, optax.Schedule]
+    lies: TrainState
+    course: Course
+
+
+def _resume(
     config: FinetuneConfig,
     base: Base,
     data: Mapping[str, TaskData],
     train: Joined,
     plan: Plan,
     folder: Workdir,
-) -> None:
-    """Trains, and writes what the best evaluation was of."""
+    held: contextlib.ExitStack,
+) -> Training:
     settings, steps, mesh = config.training, len(plan), base.mesh
     rows = settings.rows * sharding.row_parts(mesh)
-    optimizer, schedule = make_optimizer(config.optimizer, steps)
+    optimizer = make_optimizer(config.optimizer, steps)
     init_key, dropout_key = jax.random.split(jax.random.key(settings.seed))
     tuning = make_tuning(config, base, init_key)
-    state, lies = init_state(tuning.trained, optimizer, dropout_key, mesh)
-    labels = list(data) if len(data) > 1 else []
-    loss = loss_of(base, tuning.variables_of, len(labels))
+    state, lies = init_state(tuning.trained, optimizer[0], dropout_key, mesh)
+    loss = loss_of(base, tuning.variables_of, len(data) if len(data) > 1 else 0)
     loss_pass = make_loss_pass(loss_of(base, tuning.variables_of))
     assemble = assemble_of(base)
     layout = (settings.packing, settings.row_length, settings.batch_size, rows, assemble)
@@ -293,30 +399,55 @@ def _train(
         larger_is_better=settings.select == "metric",
         patience=settings.patience,
     )
+    batches = iterate(
+        plan,
+        train,
+        rows,
+        *placement.row_share(mesh),
+        assemble,
+        place=lambda batch: placement.shard_rows(batch, mesh, axis=1, share=True),
+    )
+    writer = MetricsWriter(folder.metrics, folder.tensorboard) if hosts.is_main() else NoWriter()
+    held.enter_context(writer)
     checkpoints = Checkpoints(folder.checkpoints, settings.keep)
-    told = MetricsWriter(folder.metrics, folder.tensorboard) if hosts.is_main() else NoWriter()
-    with told as writer:
-        selection = fit(
-            state,
-            tuning.frozen,
-            make_train_step(loss, optimizer, schedule, labels, lies),
-            iterate(
-                plan,
-                train,
-                rows,
-                *placement.row_share(mesh),
-                assemble,
-                place=lambda batch: placement.shard_rows(batch, mesh, axis=1, share=True),
-            ),
-            evaluate,
-            checkpoints,
-            writer,
-            options,
-            Guard(settings.most_skipped, settings.spike, report),
-        )
-    say(f"{'+'.join(data)}: best at step {selection.step} of {steps}")
+    guard = Guard(settings.most_skipped, settings.spike, report)
+    course = Course(state, batches, evaluate, checkpoints, writer, options, guard)
+    return Training(folder, list(data), tuning, loss, optimizer, lies, course)
+
+
+def _train(trainings: Sequence[Training]) -> None:
+    """All steps, of one run by themselves, of several as one program."""
+    first = trainings[0]
+    groups = first.labels if len(first.labels) > 1 else []
+
+    @functools.cache
+    def alone(place: int) -> Any:
+        one = trainings[place]
+        return make_train_step(one.loss, *one.optimizer, groups, one.lies)
+
+    @functools.cache
+    def joint(places: tuple[int, ...]) -> JointTrainStep:
+        those = [trainings[place] for place in places]
+        optimizers, lies = [one.optimizer for one in those], [one.lies for one in those]
+        return make_joint_train_step(first.loss, optimizers, groups, lies)
+
+    def step(places: Sequence[int], states: Sequence[TrainState], batches: Sequence[Batch]):
+        frozen = [trainings[place].tuning.frozen for place in places]
+        if len(places) == 1:
+            return [alone(places[0])(states[0], frozen[0], batches[0])]
+        # The base is the same in all of them, see `joinable`.
+        base, own = {"params": frozen[0]["params"]}, [{"fixed": x["fixed"]} for x in frozen]
+        return joint(tuple(places))(states, base, own, batches)
+
+    fit([one.course for one in trainings], step)
+
+
+def _keep_best(one: Training) -> None:
+    """Writes what the best evaluation was of."""
+    course, mesh = one.course, jax.tree.leaves(one.lies)[0].mesh
+    say(f"{'+'.join(one.labels)}: best at step {course.selection.step} of {course.options.steps}")
     lies = sharding.whole(mesh)  # Every process reads all of it.
     shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), tuning.trained
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), one.tuning.trained
     )
-    tuning.write(checkpoints.restore_best(shapes)[0], folder)
+    one.tuning.write(course.checkpoints.restore_best(shapes)[0], one.folder)

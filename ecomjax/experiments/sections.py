@@ -301,3 +301,6 @@ class GridConfig:
     """Of the system `merged`, as in `adapters/methods.py`."""
     merge_pairs: bool = False
     """Whether every pair of tasks is merged too, besides all of them."""
+    together: Positive = 1
+    """Adapters trained as one program over one base in memory, at most: those that differ in
+    seed, learning rate, epochs and training size. Their results do not depend on it."""

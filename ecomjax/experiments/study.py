@@ -14,6 +14,8 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 
+import jax
+
 from ecomjax.errors import UserError
 from ecomjax.experiments import estimate, evaluate, finetune, grid, hosts, merged, report, results
 from ecomjax.experiments.assembly import chosen_rows, say
@@ -45,7 +47,7 @@ def run(config: StudyConfig, workdir: str) -> None:
     with _held(study, config):
         _check_data(config)
         study.record_start()
-    failed = _execute(runs, study)
+    failed = _execute(runs, study, config.grid.together)
     with _held(study, config):
         hosts.on_main(lambda: _report(config, runs, study))
     if failed:
@@ -95,67 +97,117 @@ def _held(study: Workdir, config: StudyConfig) -> Iterator[None]:
         yield
 
 
-def _execute(runs: Sequence[Run], study: Workdir) -> dict[str, str]:
+def _execute(runs: Sequence[Run], study: Workdir, together: int) -> dict[str, str]:
     """Runs what is not done; what failed, and why, by name.
 
     Of a process that is one of several as one run, an error ends all, since the others would
     wait for it.
+
+    Args:
+        runs: of the study.
+        study: its folder.
+        together: most adapters that are trained as one program.
     """
     named, failed = {one.name: one for one in runs}, {}
     needed, own = estimate.operations(runs), 0.0
     places = {one.name: place for place, one in enumerate(runs, 1)}
     waiting, spent = [one.name for one in runs], 0.0
     while waiting:
-        left = []
+        left, begun = [], set()
         for name in waiting:
             done = set(hosts.on_main(lambda: [n for n in named if study.subrun(n).done.exists()]))
             needs = named[name].needs
-            if name in done:
+            if name in done or name in begun:
                 continue
             if lost := [need for need in needs if need in failed]:
-                failed[name] = f"it needs {lost[0]}, which failed"
-                hosts.on_main(lambda name=name: _note(study.subrun(name), failed[name]))
+                failed[name] = why = f"it needs {lost[0]}, which failed"
+                hosts.on_main(lambda name=name, why=why: _note(study.subrun(name), why))
                 continue
             if not done.issuperset(needs):
                 left.append(name)
                 continue
             rest = sum(needed[n] for n in named if n not in done and n not in failed)
             more = f", about {_told(spent * rest / own)} left" if own else ""
-            say(f"run {places[name]} of {len(runs)}: {name}{more}")
+            others = [named[n] for n in waiting if n not in done and n not in begun and n != name]
+            group = [named[name], *_joining(named[name], others)][:together]
+            begun.update(one.name for one in group)
+            for one in group:
+                say(f"run {places[one.name]} of {len(runs)}: {one.name}{more}")
             try:
-                seconds = _timed(named[name], named, study)
+                seconds, errors = _timed(group, named, study)
             except Busy as error:
                 say(f"{name}: {error.what}; it is looked at again later")
-                left.append(name)
+                left += [one.name for one in group]
             except Exception as error:
                 if hosts.several():
                     raise
-                failed[name] = " ".join(str(error).split()) or type(error).__name__
                 trace = None if isinstance(error, UserError) else traceback.format_exc()
-                _note(study.subrun(name), failed[name], trace)
-                say(f"{name} failed: {failed[name]}")
+                for one in group:
+                    failed[one.name] = _fail(one.name, error, study, trace)
             else:
-                spent, own = spent + seconds, own + needed[name]
+                failed |= {n: _fail(n, error, study) for n, error in errors.items()}
+                spent, own = spent + seconds, own + sum(needed[one.name] for one in group)
         if left == waiting:
             _pause()
         waiting = left
     return failed
 
 
-def _timed(run: Run, named: Mapping[str, Run], study: Workdir) -> float:
-    """Does a run and notes that it is done; the seconds that it took."""
-    folder, start = study.subrun(run.name), time.monotonic()
-    _do(run, named, study)
+def _joining(run: Run, others: Sequence[Run]) -> Iterator[Run]:
+    """Those of the others that can be trained as one program with a run."""
+    if isinstance(run.config, FinetuneConfig):
+        for other in others:
+            if isinstance(other.config, FinetuneConfig):
+                if finetune.joinable(run.config, other.config):
+                    yield other
+
+
+def _timed(
+    group: Sequence[Run], named: Mapping[str, Run], study: Workdir
+) -> tuple[float, dict[str, UserError]]:
+    """Does a run, or trains several together, and notes what is done.
+
+    Returns:
+        The seconds that it took, and what ended runs of several before their time.
+    """
+    start, errors = time.monotonic(), {}
+    try:
+        if len(group) == 1:
+            _do(group[0], named, study)
+        else:
+            errors = _train(group, study)
+    finally:
+        # Hardly a program serves two runs, and XLA dies where a process holds too many of them.
+        jax.clear_caches()
     seconds = time.monotonic() - start
+    for run in group:
+        if run.name not in errors:
+            hosts.on_main(lambda run=run: _note_done(study.subrun(run.name), seconds / len(group)))
+    return seconds, errors
 
-    def note() -> None:
-        starts = read_json(folder.run)["starts"] if folder.run.exists() else []
-        if not folder.done.exists():
-            write_json(folder.done, {"seconds": seconds, "starts": max(1, len(starts))})
-        folder.failed.unlink(missing_ok=True)
 
-    hosts.on_main(note)
-    return seconds
+def _train(group: Sequence[Run], study: Workdir) -> dict[str, UserError]:
+    """Trains adapters together; what ended some of them before their time."""
+    configs = [run.config for run in group if isinstance(run.config, FinetuneConfig)]
+    folders = [str(study.subrun(run.name).path) for run in group]
+    ended = finetune.run_together(configs, folders)
+    found = zip(group, ended, strict=True)
+    return {run.name: error for run, error in found if error is not None}
+
+
+def _note_done(folder: Workdir, seconds: float) -> None:
+    starts = read_json(folder.run)["starts"] if folder.run.exists() else []
+    if not folder.done.exists():
+        write_json(folder.done, {"seconds": seconds, "starts": max(1, len(starts))})
+    folder.failed.unlink(missing_ok=True)
+
+
+def _fail(name: str, error: Exception, study: Workdir, trace: str | None = None) -> str:
+    """Notes and tells that a run failed; returns why."""
+    why = " ".join(str(error).split()) or type(error).__name__
+    _note(study.subrun(name), why, trace)
+    say(f"{name} failed: {why}")
+    return why
 
 
 def _note(folder: Workdir, error: str, trace: str | None = None) -> None:

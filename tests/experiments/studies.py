@@ -2,6 +2,7 @@
 
 import hashlib
 
+from ecomjax.errors import UserError
 from ecomjax.evaluation.predict import Prediction
 from ecomjax.evaluation.run import score, to_record
 from ecomjax.experiments.assembly import load_examples, make_tasks
@@ -23,11 +24,12 @@ class MadeUp:
 
     Attributes:
         calls: what was done, as (experiment, name of the run folder).
+        groups: names of those that were trained together.
         before: called with each of them beforehand; may raise.
     """
 
     def __init__(self):
-        self.calls, self.before = [], lambda call: None
+        self.calls, self.groups, self.before = [], [], lambda call: None
 
     def _begin(self, experiment, workdir):
         call = experiment, Workdir(workdir).path.name
@@ -44,6 +46,18 @@ class MadeUp:
             steps = [{"step": 1, "train/tokens": 1000, "train/target_tokens": 40}]
             write_jsonl(folder.metrics, [*steps, {"step": 2} | told])
             write_bytes(folder.adapter / WEIGHTS, bytes(2**20))
+
+    def finetune_together(self, configs, workdirs):
+        """As alone; what some of them end in is noted."""
+        self.groups.append([Workdir(workdir).path.name for workdir in workdirs])
+        ended = []
+        for config, workdir in zip(configs, workdirs, strict=True):
+            try:
+                self.finetune(config, workdir)
+                ended.append(None)
+            except UserError as error:
+                ended.append(error)
+        return ended
 
     def evaluate(self, config, workdir):
         folder = self._begin("score", workdir)

@@ -22,6 +22,7 @@ from ecomjax.experiments.learners import loss_of
 from ecomjax.hf.checkpoints import load_pretrained
 from ecomjax.hf.files import sha256_of
 from ecomjax.hf.peft import read_adapter
+from ecomjax.hf.safetensors_io import SafetensorsFile
 from ecomjax.hf.tokenizer import Tokenizer
 from ecomjax.tasks.esci import Esci
 from ecomjax.training.checkpoint import Checkpoints
@@ -160,6 +161,57 @@ def test_variants_of_adapters_are_trained_and_scored(make_config, train, tmp_pat
     (told,) = (x for x in lines if x["step"] == best and "validation/loss" in x)
     scores = read_json(tmp_path / "run" / "eval" / "esci" / "validation.metrics.json")
     assert scores["metrics"]["macro_f1"]["value"] == pytest.approx(told["validation/esci/macro_f1"])
+
+
+def test_runs_trained_together_end_like_each_alone(
+    make_config, config, train, trained, as_in_production, tmp_path
+):
+    """Of other seeds, learning rates, rows and epochs; one goes on from where it was killed."""
+    changes = [
+        {},
+        {"training.seed": 1, "optimizer.learning_rate": 2e-3},
+        {"data.train_size": 17, "training.epochs": 1},
+    ]
+    common = {"training.select": "loss", "adapter.dropout": 0.0}
+    configs = [make_config("finetune", changes=common | change) for change in changes]
+    folders = [tmp_path / str(i) for i in range(3)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "make_train_step", dying_after(3))
+        with pytest.raises(Killed):
+            train(configs[0], folders[0])
+    with as_in_production():
+        assert finetune.run_together(configs, [str(x) for x in folders]) == [None] * 3
+    alone = [trained, tmp_path / "alone1", tmp_path / "alone2"]
+    for i in (1, 2):
+        train(configs[i], alone[i])
+    for one, other in zip(folders, alone, strict=True):
+        lines, expected = (read_jsonl(folder / "metrics.jsonl") for folder in (one, other))
+        assert [line.keys() for line in lines] == [line.keys() for line in expected]
+        for line, told in zip(lines, expected, strict=True):
+            for name in told:
+                assert line[name] == pytest.approx(told[name], rel=1e-4, abs=1e-6), name
+        assert (one / "config.json").read_bytes() == (other / "config.json").read_bytes()
+        bests = [Checkpoints(folder / "checkpoints").best() for folder in (one, other)]
+        assert bests[0] == bests[1]
+        files = [folder / "adapter" / "adapter_model.safetensors" for folder in (one, other)]
+        found, exact = (SafetensorsFile(file) for file in files)
+        for name in exact:
+            assert np.linalg.norm(found[name] - exact[name]) <= 1e-5 * np.linalg.norm(exact[name])
+
+
+def test_which_runs_are_trained_together(make_config):
+    one = make_config("finetune")
+    for changes in ({"training.seed": 1}, {"optimizer.weight_decay": 0.1}, {"data.train_size": 9}):
+        assert finetune.joinable(one, make_config("finetune", changes=changes))
+    others = (
+        *({"adapter.rank": 4}, {"training.row_length": 256}, {"task.max_new_tokens": 9}),
+        *({"model.remat": "full"}, {"training.batch_size": 8}, {"data.validation_size": 4}),
+    )
+    for changes in others:
+        assert not finetune.joinable(one, make_config("finetune", changes=changes))
+    for changes in ({"training.tune": "all"}, {"adapter.pissa": True}):
+        config = make_config("finetune", changes=changes)
+        assert not finetune.joinable(config, config)
 
 
 class Killed(BaseException):

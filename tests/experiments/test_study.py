@@ -27,6 +27,7 @@ def config(make_config):
 def put_in(fakes, patch):
     """Puts experiments that take no time in place of the real ones."""
     patch.setattr(study.finetune, "run", fakes.finetune)
+    patch.setattr(study.finetune, "run_together", fakes.finetune_together)
     patch.setattr(study.evaluate, "run", fakes.evaluate)
     patch.setattr(study.merged, "run", fakes.merge)
 
@@ -191,6 +192,42 @@ def test_a_study_that_another_process_writes_its_report_of_waits_for_it(
         monkeypatch.setattr(study, "_pause", lambda: (waits.append(1), other.close()))
         study.run(config, str(finished))
     assert waits == [1]
+
+
+@pytest.mark.parametrize("most", [2, 3])
+def test_adapters_trained_together_have_the_same_results(
+    make_config, first, made_up, tmp_path, most
+):
+    """Three learning rates of each; the merges of two seeds want both of them first."""
+    rates = {"grid.learning_rates": (5e-4, 1e-3, 2e-3), "grid.seeds": (3, 4)}
+    changes = {"tasks": ("esci", "queryner")} | rates
+    study.run(make_config("study", "smoke", changes), str(tmp_path / "alone"))
+    assert made_up.groups == []
+    changes["grid.together"] = most
+    study.run(make_config("study", "smoke", changes), str(tmp_path / "study"))
+    assert [len(group) for group in made_up.groups] == [most] * (18 // most)
+    for group in made_up.groups:
+        assert len({name.partition("-n24-")[0] for name in group}) == 1, "one system and task"
+    one, other = (tmp_path / name / "results.jsonl" for name in ("alone", "study"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_f54_one_of_several_trained_together_fails_alone(make_config, finished, made_up, tmp_path):
+    rates = {"grid.learning_rates": (5e-4, 1e-3), "grid.seeds": (3,), "grid.together": 2}
+    config = make_config("study", "smoke", {"tasks": ("esci", "queryner")} | rates)
+    failing, folder = "lora-esci-n24-s3-lr5e-4", tmp_path / "failing"
+
+    def fail(call):
+        if call[1] == failing:
+            raise UserError("no memory", "here", "buy some")
+
+    made_up.before = fail
+    with pytest.raises(UserError, match=f"of 13 runs have no result, first {failing}"):
+        study.run(config, str(folder))
+    assert (folder / "runs" / "lora-esci-n24-s3-lr1e-3" / "done.json").exists()
+    made_up.before = lambda call: None
+    study.run(config, str(folder))
+    assert (folder / "results.jsonl").read_bytes() == (finished / "results.jsonl").read_bytes()
 
 
 def test_progress_tells_place_and_time_left(config, made_up, tmp_path, capsys):

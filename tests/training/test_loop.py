@@ -1,5 +1,6 @@
 """The loop with stand-ins for model and metric: what it does when, and after an interruption."""
 
+import contextlib
 import dataclasses
 import errno
 import itertools
@@ -22,7 +23,7 @@ from ecomjax.preemption import Preempted
 from ecomjax.training import manifest
 from ecomjax.training.checkpoint import Checkpoints
 from ecomjax.training.guards import Guard
-from ecomjax.training.loop import LoopOptions, Selection, fit
+from ecomjax.training.loop import Course, LoopOptions, Selection, fit
 from ecomjax.training.state import new_state
 from ecomjax.training.writers import MetricsWriter
 
@@ -80,8 +81,7 @@ class Run:
         if self.dies == (what, step):
             raise Killed
 
-    def train_step(self, state, frozen, batch):
-        assert frozen == "frozen"
+    def train_step(self, state, batch):
         step = int(state.step) + 1
         self.die("step", step)
         self.seen.append((step, batch))
@@ -106,7 +106,7 @@ class Run:
         self.die("evaluation", step)
         return {"score": self.values[step], "w": float(trained["w"][0])}
 
-    def fit(self, most_skipped=3, spike=0.0, **changes):
+    def course(self, writer, most_skipped=3, spike=0.0, **changes):
         options = LoopOptions(
             **{
                 "steps": STEPS,
@@ -131,18 +131,19 @@ class Run:
 
         state = new_state({"w": jnp.zeros(2)}, optax.sgd(0.1), jax.random.key(0))
         checkpoints = Dying(self.folder / "checkpoints", keep=2)
+        guard = Guard(most_skipped, spike, self.report)
+        return Course(state, Numbers(), self.evaluate, checkpoints, writer, options, guard)
+
+    def fit(self, **changes):
         with MetricsWriter(self.folder / "metrics.jsonl") as writer:
-            self.selection = fit(
-                state,
-                "frozen",
-                self.train_step,
-                Numbers(),
-                self.evaluate,
-                checkpoints,
-                writer,
-                options,
-                Guard(most_skipped, spike, self.report),
-            )
+            course = self.course(writer, **changes)
+            fit([course], lambda _, states, batches: [self.train_step(*states, *batches)])
+        if course.error is not None:
+            raise course.error
+        return self.read(course)
+
+    def read(self, course):
+        self.selection, state, checkpoints = course.selection, course.state, course.checkpoints
         abstract = jax.eval_shape(lambda s: s, state)
         self.best, _, self.best_step = checkpoints.restore_best(abstract.trained)
         self.state = checkpoints.restore(None, abstract)[0]
@@ -359,3 +360,50 @@ def test_f33_spikes_are_told_and_counted(tmp_path, caplog):
     told = [r.getMessage() for r in caplog.records]
     assert told[0] == "step 15: loss 3.4, the median before it 1.085"
     assert len(told) == 4 and "not finite" in told[2]
+
+
+def test_runs_side_by_side_end_like_each_alone(whole, tmp_path):
+    """One goes on from an earlier start, one stops early, one fails: none disturbs the others."""
+    with pytest.raises(Killed):
+        Run(tmp_path / "a", VALUES, ("after save", 3)).fit()
+    nan = dict.fromkeys((2, 3), math.nan)
+    runs = [
+        Run(tmp_path / "a", VALUES),
+        Run(tmp_path / "b", VALUES),
+        Run(tmp_path / "c", VALUES, losses=nan),
+    ]
+    together = []
+
+    def step(places, states, batches):
+        together.append(places)
+        return [runs[i].train_step(*each) for i, *each in zip(places, states, batches, strict=True)]
+
+    with contextlib.ExitStack() as stack:
+        courses = []
+        for run, changes in zip(runs, ({}, {"patience": 1}, {"most_skipped": 2}), strict=True):
+            writer = stack.enter_context(MetricsWriter(run.folder / "metrics.jsonl"))
+            courses.append(run.course(writer, **changes))
+        fit(courses, step)
+    assert together == [*[[0, 1, 2]] * 3, [0, 1], [1]]
+    assert [course.error is None for course in courses] == [True, True, False]
+    assert "steps 2 to 3" in str(courses[2].error)
+    assert runs[0].read(courses[0]).written() == whole.written()
+    assert runs[0].selection == whole.selection
+    alone = Run(tmp_path / "alone", VALUES).fit(patience=1)
+    assert runs[1].read(courses[1]).written() == alone.written()
+    assert runs[1].selection == alone.selection
+
+
+def test_a_signal_to_end_saves_all_runs_side_by_side(tmp_path):
+    runs = [Run(tmp_path / name, VALUES) for name in "ab"]
+    runs[0].after_step = signalled(signal.SIGTERM, 4)
+
+    def step(places, states, batches):
+        return [runs[i].train_step(*each) for i, *each in zip(places, states, batches, strict=True)]
+
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(MetricsWriter(r.folder / "metrics.jsonl")) for r in runs]
+        courses = [run.course(writer) for run, writer in zip(runs, writers, strict=True)]
+        with pytest.raises(Preempted):
+            fit(courses, step)
+    assert [course.checkpoints.latest() for course in courses] == [4, 4]

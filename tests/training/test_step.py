@@ -11,7 +11,7 @@ from ecomjax.adapters import lora
 from ecomjax.adapters.rules import LoraRule
 from ecomjax.training.losses import causal_lm
 from ecomjax.training.state import new_state
-from ecomjax.training.step import make_loss_pass, make_train_step
+from ecomjax.training.step import make_joint_train_step, make_loss_pass, make_train_step
 from ecomjax.typing import Batch
 
 pytestmark = pytest.mark.usefixtures("loose_promotion")
@@ -141,6 +141,39 @@ def test_f34_accumulation_of_a_model(make_llama, rows):
                 ours, exact = getattr(others[path], name), getattr(leaf, name)
                 assert np.linalg.norm(exact) > 0
                 assert np.linalg.norm(ours - exact) <= 5e-5 * np.linalg.norm(exact)
+
+
+def test_runs_side_by_side_are_those_of_each_alone(make_llama, rows):
+    """Two steps: adapters, dropout, learning rates and numbers of microbatches of their own."""
+    tiny, rng = make_llama(layers=2), np.random.default_rng(1)
+    loss = causal_lm(tiny.model)
+    optimizers = [(optax.sgd(0.1), slope), (optax.adamw(1e-2), slope), (optax.adamw(3e-2), slope)]
+    batches = [cut(rows, 4), cut(jax.tree.map(lambda x: x[::-1][:4], rows), 2), cut(rows, 4)]
+    base, states, frozen = {"params": tiny.params}, [], []
+    for seed, (optimizer, _) in enumerate(optimizers):
+        key = jax.random.key(seed)
+        _, adapter = lora.init(tiny.params, tiny.axes, [LoraRule(rank=3, dropout=0.3)], key)
+        adapter = jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape, np.float32), adapter)
+        trained, fixed = lora.split(adapter)
+        states.append(new_state(jax.tree.map(jnp.asarray, trained), optimizer, key))
+        frozen.append({"fixed": fixed})
+    together = make_joint_train_step(loss, optimizers)
+    copies, found = jax.tree.map(jnp.copy, states), []
+    for _ in range(2):
+        found = together(copies, base, frozen, batches)
+        copies = [state for state, _ in found]
+    for i, (state, metrics) in enumerate(found):
+        step = make_train_step(loss, *optimizers[i])
+        for _ in range(2):
+            states[i], expected = step(states[i], base | frozen[i], batches[i])
+        assert int(state.step) == 2
+        assert metrics.keys() == expected.keys()
+        for name, value in expected.items():
+            assert float(metrics[name]) == pytest.approx(float(value), rel=1e-5), name
+        leaves = zip(*map(jax.tree.leaves, (state.trained, states[i].trained)), strict=True)
+        for one, alone in leaves:
+            assert np.linalg.norm(one - alone) <= 1e-5 * np.linalg.norm(alone)
+    assert len({float(metrics["loss"]) for _, metrics in found}) == 3
 
 
 WAYS = {
