@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -122,24 +122,66 @@ def run_together(
     Returns:
         What ended each of them before its time, if anything did.
     """
-    (first, *others), held = configs, contextlib.ExitStack()
+    first, *others = configs
     assert all(joinable(first, other) for other in others), "these have no base in common"
-    with held:
-        folders = [
-            held.enter_context(Workdir(path).writing(config, ignore=NO_MATTER, allow=allow))
-            for config, path in zip(configs, workdirs, strict=True)
-        ]
-        validation, base = _load(first)
+    members = [
+        Member(config, Workdir(path)) for config, path in zip(configs, workdirs, strict=True)
+    ]
+    with contextlib.ExitStack() as stack:
+        for one in members:
+            stack.push(one.held)
+            with one.apart():
+                folder = one.folder.writing(one.config, ignore=NO_MATTER, allow=allow)
+                one.held.enter_context(folder)
+        if not any(one.goes_on for one in members):
+            return [one.error for one in members]
+        validation, base = _load(first, alone=not others)
+        for one in members:
+            if one.goes_on:
+                with one.apart():
+                    one.training = _begin(one.config, one.folder, validation, base, one.held)
         with sharding.use(base.mesh):
-            trainings = [
-                _begin(config, folder, validation, base, held)
-                for config, folder in zip(configs, folders, strict=True)
-            ]
-            _train(trainings)
-            for one in trainings:
-                if one.course.error is None:
-                    _keep_best(one)
-        return [one.course.error for one in trainings]
+            if trainings := [one.training for one in members if one.training is not None]:
+                _train(trainings)
+            for one in members:
+                if one.training is not None:
+                    with one.apart():
+                        _keep_best(one.training)
+    return [one.error for one in members]
+
+
+@dataclasses.dataclass
+class Member:
+    """A run, alone or one of several: what goes wrong with it ends it alone.
+
+    Attributes:
+        config, folder: of the run.
+        held: what it keeps open.
+        training: once it is about to train.
+        error: that ended it before its time, if one did.
+    """
+
+    config: FinetuneConfig
+    folder: Workdir
+    held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
+    training: Training | None = None
+    error: UserError | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        return self.error is None
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is raised inside ends the run; of several processes, all would wait for it."""
+        try:
+            yield
+        except UserError as error:
+            if hosts.several():
+                raise
+            self.error = error
+            # It leaves the folder as on its way out.
+            self.held.__exit__(type(error), error, error.__traceback__)
 
 
 def joinable(one: FinetuneConfig, other: FinetuneConfig) -> bool:
@@ -161,7 +203,7 @@ def joinable(one: FinetuneConfig, other: FinetuneConfig) -> bool:
     return not alone and common(one) == common(other)
 
 
-def _load(config: FinetuneConfig) -> tuple[dict[str, list[Example]], Base]:
+def _load(config: FinetuneConfig, alone: bool) -> tuple[dict[str, list[Example]], Base]:
     """Validation examples and base; mistakes in config and data are told before it is loaded."""
     tasks = make_tasks(config.tasks)
     check_settings(config.tasks, config.evaluation)
@@ -173,6 +215,12 @@ def _load(config: FinetuneConfig) -> tuple[dict[str, list[Example]], Base]:
     }
     base = load_base(config.model, config.mesh, any_kind=True)
     check_suited(kind_of(base.config), tasks, config)
+    if getattr(base.config, "experts", 0) and not alone:
+        raise UserError(
+            f"{config.model.name} has experts, and is trained for one adapter at a time",
+            "config.grid.together",
+            "set it to 1",
+        )
     return validation, base
 
 
@@ -219,7 +267,8 @@ def _begin(
         f"{'+'.join(data)}: {len(plan)} steps of {config.training.batch_size} examples "
         f"in rows of {plan.row_length} tokens"
     )
-    return _resume(config, base, data, train, plan, folder, held)
+    with sharding.use(base.mesh):
+        return _resume(config, base, data, train, plan, folder, held)
 
 
 def _prepare(
@@ -443,7 +492,9 @@ def _train(trainings: Sequence[Training]) -> None:
 
 
 def _keep_best(one: Training) -> None:
-    """Writes what the best evaluation was of."""
+    """Writes what the best evaluation was of, or raises what ended the training before."""
+    if one.course.error is not None:
+        raise one.course.error
     course, mesh = one.course, jax.tree.leaves(one.lies)[0].mesh
     say(f"{'+'.join(one.labels)}: best at step {course.selection.step} of {course.options.steps}")
     lies = sharding.whole(mesh)  # Every process reads all of it.

@@ -303,4 +303,4 @@ class GridConfig:
     """Whether every pair of tasks is merged too, besides all of them."""
     together: Positive = 1
     """Adapters trained as one program over one base in memory, at most: those that differ in
-    seed, learning rate, epochs and training size. Their results do not depend on it."""
+    seed, learning rate, epochs and training size. Results do not depend on it, but for rounding."""

@@ -30,6 +30,9 @@ from ecomjax.experiments.grid import Choice, Run
 from ecomjax.experiments.workdir import Busy, Workdir
 from ecomjax.tasks.registry import get_task
 
+NO_MATTER = ("grid.together",)
+"""Keys of the config that results do not depend on, but for rounding."""
+
 PAUSE = 5.0
 """Seconds until runs that other processes have are looked at again."""
 
@@ -88,7 +91,7 @@ def _held(study: Workdir, config: StudyConfig) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         while True:
             try:
-                stack.enter_context(study.writing(config))
+                stack.enter_context(study.writing(config, ignore=NO_MATTER))
                 break
             except Busy:
                 if time.monotonic() - started > PATIENCE:
@@ -134,19 +137,19 @@ def _execute(runs: Sequence[Run], study: Workdir, together: int) -> dict[str, st
             for one in group:
                 say(f"run {places[one.name]} of {len(runs)}: {one.name}{more}")
             try:
-                seconds, errors = _timed(group, named, study)
-            except Busy as error:
-                say(f"{name}: {error.what}; it is looked at again later")
-                left += [one.name for one in group]
+                seconds, errors = _timed(group, named, study, needed)
             except Exception as error:
                 if hosts.several():
                     raise
-                trace = None if isinstance(error, UserError) else traceback.format_exc()
-                for one in group:
-                    failed[one.name] = _fail(one.name, error, study, trace)
+                errors = {one.name: error for one in group}
             else:
-                failed |= {n: _fail(n, error, study) for n, error in errors.items()}
                 spent, own = spent + seconds, own + sum(needed[one.name] for one in group)
+            for one, error in errors.items():
+                if isinstance(error, Busy):
+                    say(f"{one}: {error.what}; it is looked at again later")
+                    left.append(one)
+                else:
+                    failed[one] = _fail(one, error, study)
         if left == waiting:
             _pause()
         waiting = left
@@ -163,14 +166,17 @@ def _joining(run: Run, others: Sequence[Run]) -> Iterator[Run]:
 
 
 def _timed(
-    group: Sequence[Run], named: Mapping[str, Run], study: Workdir
-) -> tuple[float, dict[str, UserError]]:
+    group: Sequence[Run], named: Mapping[str, Run], study: Workdir, needed: Mapping[str, float]
+) -> tuple[float, dict[str, Exception]]:
     """Does a run, or trains several together, and notes what is done.
+
+    Those trained together have shares of the time, by what each of them needs alone.
 
     Returns:
         The seconds that it took, and what ended runs of several before their time.
     """
-    start, errors = time.monotonic(), {}
+    start = time.monotonic()
+    errors: dict[str, Exception] = {}
     try:
         if len(group) == 1:
             _do(group[0], named, study)
@@ -180,13 +186,15 @@ def _timed(
         # Hardly a program serves two runs, and XLA dies where a process holds too many of them.
         jax.clear_caches()
     seconds = time.monotonic() - start
+    whole = sum(needed[run.name] for run in group)
     for run in group:
         if run.name not in errors:
-            hosts.on_main(lambda run=run: _note_done(study.subrun(run.name), seconds / len(group)))
+            own = seconds * needed[run.name] / whole if len(group) > 1 else seconds
+            hosts.on_main(lambda run=run, own=own: _note_done(study.subrun(run.name), own))
     return seconds, errors
 
 
-def _train(group: Sequence[Run], study: Workdir) -> dict[str, UserError]:
+def _train(group: Sequence[Run], study: Workdir) -> dict[str, Exception]:
     """Trains adapters together; what ended some of them before their time."""
     configs = [run.config for run in group if isinstance(run.config, FinetuneConfig)]
     folders = [str(study.subrun(run.name).path) for run in group]
@@ -202,9 +210,10 @@ def _note_done(folder: Workdir, seconds: float) -> None:
     folder.failed.unlink(missing_ok=True)
 
 
-def _fail(name: str, error: Exception, study: Workdir, trace: str | None = None) -> str:
+def _fail(name: str, error: Exception, study: Workdir) -> str:
     """Notes and tells that a run failed; returns why."""
     why = " ".join(str(error).split()) or type(error).__name__
+    trace = None if isinstance(error, UserError) else "".join(traceback.format_exception(error))
     _note(study.subrun(name), why, trace)
     say(f"{name} failed: {why}")
     return why

@@ -7,9 +7,27 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ecomjax.typing import Batch, KVCache
+
+
+@jax.custom_batching.custom_vmap
+def any_of_all(wanted: Bool[Array, ""]) -> Bool[Array, ""]:
+    """A condition as it is; under `vmap` whether it holds for any of the mapped.
+
+    A `cond` on it stays one under `vmap`. On conditions that differ it would become a choice
+    between both branches, for which all that they read is copied once for each of the mapped,
+    weights included.
+    """
+    return wanted
+
+
+@any_of_all.def_vmap
+def _(size: int, batched: list[bool], wanted: Bool[Array, "*A"]) -> tuple[jax.Array, bool]:
+    del size
+    return (wanted.any(axis=0) if batched[0] else wanted), False
+
 
 HEAD_CHUNK = 128
 """Slots the LM head is applied to at once; bounds the logits held to [B, 128, V]."""
@@ -75,7 +93,7 @@ def likelihood_of_hidden(
             return jnp.where(wanted, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
         nothing = jnp.zeros(targets.shape, jnp.float32)
-        return None, jax.lax.cond(wanted.any(), compute, lambda: nothing)
+        return None, jax.lax.cond(any_of_all(wanted.any()), compute, lambda: nothing)
 
     chunks = (gather(hidden), gather(batch.targets), gather(batch.weights) > 0)
     _, values = jax.lax.scan(of_chunk, None, chunks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ TrainStep = Callable[
     [Sequence[int], Sequence[TrainState], Sequence[Batch]],
     Sequence[tuple[TrainState, dict[str, jax.Array]]],
 ]
+logger = logging.getLogger(__name__)
+
 Evaluate = Callable[[Any], Mapping[str, float]]
 Tell = Callable[[float, int], None]
 """(loss, tokens) of a step, once they are known."""
@@ -105,7 +108,7 @@ class Course:
         self.options, self.step, self.selection = options, 0, Selection()
         self.error: UserError | None = None
         self._evaluate, self._writer, self._guard = evaluate, writer, guard
-        self._seen, self._stopped, self._evaluated = Seen(), False, False
+        self._seen, self._stopped = Seen(), False
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         if checkpoints.latest() is not None:
             self.state, data, self.step = checkpoints.restore(None, state)
@@ -121,12 +124,14 @@ class Course:
         return self._stopped or self.error is not None or self.step >= self.options.steps
 
     def take(self, state: TrainState, metrics: dict[str, jax.Array], tell: Tell) -> None:
-        """A step is done, or at least under way; the one before is told, and validation if due."""
+        """A step is done, or at least under way; the one before is told.
+
+        If this one is to be evaluated, it is, and saved.
+        """
         self.state, self.step = state, self.step + 1
         self._tell(tell)  # The step before: the device computes this one meanwhile.
         self._pending = (self.step, metrics)
-        self._evaluated = self.step in self.options.evaluate_at
-        if self._evaluated:
+        if self.step in self.options.evaluate_at:
             self._tell(tell)
             # Evaluations may last longer than the grace that a signal leaves.
             with preemption.raised_alone():
@@ -134,12 +139,17 @@ class Course:
             self._writer.write(self.step, {f"validation/{k}": v for k, v in values.items()})
             self._select(values)
             self._stopped = 0 < self.options.patience <= self.selection.since
+            self._save()
 
     def save(self, ending: bool, tell: Tell) -> None:
         """Begins a checkpoint where one is due, or where the process is about to end."""
-        if not (self._evaluated or ending or self.step % self.options.checkpoint_every == 0):
-            return
-        self._tell(tell)
+        if self.step in self.options.evaluate_at:
+            return  # It has begun.
+        if ending or self.step % self.options.checkpoint_every == 0:
+            self._tell(tell)
+            self._save()
+
+    def _save(self) -> None:
         bookkeeping = {
             "batches": self.batches.get_state(),
             "selection": dataclasses.asdict(self.selection),
@@ -183,7 +193,6 @@ def fit(courses: Sequence[Course], train_step: TrainStep) -> None:
     Raises:
         Preempted: the process was asked to end; a checkpoint of the current step is saved, but
             for an evaluation that was underway.
-        UserError: it was, and one cannot be saved.
     """
     done = sum(course.step for course in courses)
     with contextlib.ExitStack() as stack:
@@ -220,10 +229,12 @@ def fit(courses: Sequence[Course], train_step: TrainStep) -> None:
                 if ending or courses[i].ended:
                     with _noting(courses[i]):
                         courses[i].checkpoints.wait()
+            if ending and len(courses) == 1:
+                if courses[0].error is not None:
+                    return
+                raise Preempted(courses[0].step)
             if ending:
-                if unsaved := [courses[i].error for i in going if courses[i].error]:
-                    raise unsaved[0]
-                raise Preempted(courses[0].step if len(courses) == 1 else None)
+                raise Preempted
 
 
 @contextlib.contextmanager
@@ -234,4 +245,7 @@ def _noting(course: Course) -> Iterator[None]:
     except UserError as error:
         if jax.process_count() > 1:
             raise
-        course.error = error
+        if course.error is not None:
+            logger.warning("%s", error)
+        else:
+            course.error = error

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ecomjax.models.likelihood import any_of_all
 from ecomjax.training.state import TrainState
 from ecomjax.typing import PADDING_SEGMENT, Batch
 
@@ -134,11 +135,15 @@ def _find(loss: Loss, groups: int, reads: Any, frozen: Any, batch: Batch) -> Fou
             total, weight, aux = loss(trained, frozen, micro, jax.random.fold_in(key, number))
             return total, (weight, aux)
 
+        wanted = (micro.weights > 0).any()
+
         def add():
             (total, rest), grads = jax.value_and_grad(compute, has_aux=True)(trained)
-            return jax.tree.map(jnp.add, carry, (total, *rest, grads))
+            added = jax.tree.map(jnp.add, carry, (total, *rest, grads))
+            # Where it is wanted by another run alone, this one's loss may be not a number.
+            return jax.tree.map(lambda new, old: jnp.where(wanted, new, old), added, carry)
 
-        return jax.lax.cond((micro.weights > 0).any(), add, lambda: carry), None
+        return jax.lax.cond(any_of_all(wanted), add, lambda: carry), None
 
     zeros = jax.tree.map(jnp.zeros_like, trained)
     parts = {name: jnp.zeros(groups) for name in ("loss", "weight", "examples")}

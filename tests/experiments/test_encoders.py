@@ -71,6 +71,15 @@ def test_eight_examples_are_learnt_by_heart(configured, run, tmp_path):
     assert (scores["n"], scores["metrics"]["entity_f1"]["value"]) == (8, 1.0)
 
 
+def test_two_devices_learn_what_one_does(configured, run, trained, tmp_path):
+    """With a head that is drawn on them."""
+    run(configured("queryner", {"mesh.data": 2}), tmp_path / "two")
+    one, two = (read_jsonl(folder / "metrics.jsonl") for folder in (trained, tmp_path / "two"))
+    losses = [[x["train/loss"] for x in lines if "train/loss" in x] for lines in (one, two)]
+    assert len(losses[0]) == len(losses[1]) > 2
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+
+
 def test_a_model_trained_in_full_is_a_folder_of_transformers(trained, tiny_encoder):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

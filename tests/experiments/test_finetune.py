@@ -19,6 +19,7 @@ from ecomjax.experiments.assembly import load_base
 from ecomjax.experiments.config import to_dict
 from ecomjax.experiments.files import read_json, read_jsonl
 from ecomjax.experiments.learners import loss_of
+from ecomjax.experiments.workdir import Workdir
 from ecomjax.hf.checkpoints import load_pretrained
 from ecomjax.hf.files import sha256_of
 from ecomjax.hf.peft import read_adapter
@@ -26,6 +27,7 @@ from ecomjax.hf.safetensors_io import SafetensorsFile
 from ecomjax.hf.tokenizer import Tokenizer
 from ecomjax.tasks.esci import Esci
 from ecomjax.training.checkpoint import Checkpoints
+from ecomjax.training.guards import Guard
 
 STEPS = 12
 SECRETS = ("of-the-model-hub-7f3a", "of-the-tracker-91bc", "of-the-proxy-55de")
@@ -197,6 +199,61 @@ def test_runs_trained_together_end_like_each_alone(
         found, exact = (SafetensorsFile(file) for file in files)
         for name in exact:
             assert np.linalg.norm(found[name] - exact[name]) <= 1e-5 * np.linalg.norm(exact[name])
+
+
+def test_what_goes_wrong_with_one_of_several_ends_it_alone(
+    make_config, trained, as_in_production, tmp_path, monkeypatch
+):
+    """One finds its folder taken, one has no best checkpoint; the third ends as if alone."""
+    common = {"training.select": "loss"}
+    config = make_config("finetune", changes=common)
+    faulty = make_config("finetune", changes=common | {"training.seed": 1})
+    other = make_config("finetune", changes=common | {"adapter.rank": 4})
+    with Workdir(tmp_path / "taken").writing(other):
+        (tmp_path / "taken" / "work").write_text("of another run")
+    restore = Checkpoints.restore_best
+
+    def none(checkpoints, abstract):
+        if checkpoints.folder.parent.name == "faulty":
+            raise UserError("no best checkpoint", "faulty", "train first")
+        return restore(checkpoints, abstract)
+
+    monkeypatch.setattr(Checkpoints, "restore_best", none)
+    folders = [str(tmp_path / name) for name in ("taken", "faulty", "good")]
+    with as_in_production():
+        ended = finetune.run_together([config, faulty, config], folders)
+    assert "holds a run of another config" in str(ended[0])
+    assert "no best checkpoint" in str(ended[1]) and ended[2] is None
+    assert not (tmp_path / "faulty" / "adapter").exists()
+    for folder in folders:
+        assert (Workdir(folder).lock).read_bytes() == b""
+    files = [
+        folder / "adapter" / "adapter_model.safetensors" for folder in (trained, tmp_path / "good")
+    ]
+    exact, found = (SafetensorsFile(file) for file in files)
+    for name in exact:
+        assert np.linalg.norm(found[name] - exact[name]) <= 1e-5 * np.linalg.norm(exact[name])
+
+
+def test_f10_a_change_in_vain_is_taken_back(
+    make_config, config, train, as_in_production, tmp_path, monkeypatch
+):
+    """A run that gives up while it trains leaves the config that it began with."""
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "make_train_step", dying_after(3))
+        with pytest.raises(Killed):
+            train(config, tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+
+    def give_up(*_):
+        raise UserError("a batch without a token to learn", "here", "leave it out")
+
+    monkeypatch.setattr(Guard, "check", give_up)
+    changes = {"training.select": "loss", "optimizer.learning_rate": 1e-2}
+    other = make_config("finetune", changes=changes)
+    with as_in_production(), pytest.raises(UserError, match="a batch without a token"):
+        finetune.run(other, str(tmp_path), ("optimizer.learning_rate",))
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_which_runs_are_trained_together(make_config):

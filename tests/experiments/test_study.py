@@ -210,6 +210,7 @@ def test_adapters_trained_together_have_the_same_results(
         assert len({name.partition("-n24-")[0] for name in group}) == 1, "one system and task"
     one, other = (tmp_path / name / "results.jsonl" for name in ("alone", "study"))
     assert one.read_bytes() == other.read_bytes()
+    study.run(make_config("study", "smoke", changes | {"grid.together": 1}), str(other.parent))
 
 
 def test_f54_one_of_several_trained_together_fails_alone(make_config, finished, made_up, tmp_path):

@@ -176,6 +176,29 @@ def test_runs_side_by_side_are_those_of_each_alone(make_llama, rows):
     assert len({float(metrics["loss"]) for _, metrics in found}) == 3
 
 
+def test_runs_side_by_side_share_the_base(make_llama, rows):
+    """No operation has a kernel of it once for each run, and what none wants is skipped."""
+    tiny = make_llama(layers=2)
+    loss, optimizer = causal_lm(tiny.model), optax.sgd(0.1)
+    _, adapter = lora.init(tiny.params, tiny.axes, [LoraRule(rank=3)], jax.random.key(0))
+    trained, fixed = lora.split(adapter)
+    state = new_state(jax.tree.map(jnp.asarray, trained), optimizer, jax.random.key(0))
+    step = make_joint_train_step(loss, [(optimizer, slope)] * 5)
+    given = [state] * 5, {"params": tiny.params}, [{"fixed": fixed}] * 5, [cut(rows, 2)] * 5
+    text = step.lower(*given).as_text()
+    shapes = {tuple(leaf.shape) for leaf in jax.tree.leaves(tiny.params) if leaf.ndim > 1}
+    shapes |= {shape[1:] for shape in shapes if len(shape) > 2}
+    for shape in shapes:
+        dims = "x".join(map(str, shape))
+        assert f"tensor<{dims}xf32>" in text
+        for place in range(len(shape) + 1):
+            copied = "x".join(map(str, (*shape[:place], 5, *shape[place:])))
+            assert f"tensor<{copied}xf32>" not in text, copied
+    alone = make_train_step(loss, optimizer, slope)
+    expected = alone.lower(state, {"params": tiny.params, "fixed": fixed}, cut(rows, 2)).as_text()
+    assert text.count("stablehlo.case") == expected.count("stablehlo.case") > 0
+
+
 WAYS = {
     "remat": {"remat": "full"},
     "unrolled, with remat of dots": {"scan": False, "remat": "dots"},

@@ -97,7 +97,8 @@ def beside_peer(
     model, variables = load_peer(base), {"params": base.params}
     found: dict[int, list[float]] = {}
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    quarters = np.array_split(by_length, PEER_EXAMPLES)
+    rng = np.random.default_rng(0)
+    quarters = [rng.permutation(quarter) for quarter in np.array_split(by_length, PEER_EXAMPLES)]
     order = itertools.cycle([int(i) for turn in zip(*quarters, strict=False) for i in turn])
 
     def run_ours() -> Float[np.ndarray, "n labels"]:
