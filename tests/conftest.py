@@ -19,6 +19,8 @@ os.environ |= {
     "JAX_NUM_CPU_DEVICES": "8",
     # Compiling takes longer than running, in the commands that tests start too.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    # Threads of torch wait for each other busily, which the other test process pays for.
+    "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
