@@ -13,26 +13,18 @@ import numpy as np
 import optax
 
 from ecomjax import placement, sharding
-from ecomjax.data.encoded import EncodedSet, Joined, Kept, fit_window, shared_prefix
-from ecomjax.data.mixture import Mixture, draw_orders, shares
-from ecomjax.data.packing import Plan, make_plan
+from ecomjax.data.encoded import Joined
+from ecomjax.data.mixture import shares
+from ecomjax.data.packing import Plan
 from ecomjax.data.pipeline import iterate, one_pass
-from ecomjax.data.sources import HubSource
 from ecomjax.errors import UserError
 from ecomjax.experiments import hosts
 from ecomjax.experiments.assembly import (
-    AnyPredictor,
     Base,
-    check_overlap,
     check_settings,
-    choose,
-    cut_of,
-    encode_to,
     load_base,
-    load_encoded,
     load_examples,
     make_predictor,
-    make_source,
     make_tasks,
     say,
 )
@@ -47,7 +39,8 @@ from ecomjax.experiments.learners import (
     loss_of,
     with_head,
 )
-from ecomjax.experiments.sections import MixtureConfig, OptimizerConfig
+from ecomjax.experiments.sections import OptimizerConfig
+from ecomjax.experiments.task_data import TaskData, mixture_of, plan_of, prepare
 from ecomjax.experiments.tuning import Tuning, make_tuning
 from ecomjax.experiments.workdir import Workdir
 from ecomjax.tasks.base import Example
@@ -73,27 +66,6 @@ NO_MATTER = (
     "mesh",
 )
 """Keys of the config that training does not depend on, but for rounding."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskData:
-    """What training has of a task.
-
-    Attributes:
-        predictor: the way that the model is asked.
-        train: the training examples that fit a row.
-        prefix: tokens that all of them open with.
-        validation: examples that metrics are of.
-        held_out: those of them that fit a row, which the loss is of.
-        facts: what is recorded of the data.
-    """
-
-    predictor: AnyPredictor
-    train: EncodedSet
-    prefix: int
-    validation: list[Example]
-    held_out: EncodedSet
-    facts: dict[str, Any]
 
 
 def run(config: FinetuneConfig, workdir: str, allow: Sequence[str] = ()) -> None:
@@ -133,11 +105,11 @@ def run_together(
             with one.apart():
                 folder = one.folder.writing(one.config, ignore=NO_MATTER, allow=allow)
                 one.held.enter_context(folder)
-        if not any(one.goes_on for one in members):
+        if not any(one.error is None for one in members):
             return [one.error for one in members]
         validation, base = _load(first, alone=not others)
         for one in members:
-            if one.goes_on:
+            if one.error is None:
                 with one.apart():
                     one.training = _begin(one.config, one.folder, validation, base, one.held)
         with sharding.use(base.mesh):
@@ -166,10 +138,6 @@ class Member:
     held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
     training: Training | None = None
     error: UserError | None = None
-
-    @property
-    def goes_on(self) -> bool:
-        return self.error is None
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
@@ -207,7 +175,7 @@ def _load(config: FinetuneConfig, alone: bool) -> tuple[dict[str, list[Example]]
     """Validation examples and base; mistakes in config and data are told before it is loaded."""
     tasks = make_tasks(config.tasks)
     check_settings(config.tasks, config.evaluation)
-    shares([1] * len(tasks), _mixture(config.mixture, list(tasks)))
+    shares([1] * len(tasks), mixture_of(config.mixture, list(tasks)))
     if kind := known_kind(config.model):
         check_suited(kind, tasks, config)
     validation = {
@@ -242,7 +210,7 @@ def _begin(
     tasks = make_tasks(config.tasks)
     base = with_head(base, tasks, config.training)
     data = {
-        label: _prepare(
+        label: prepare(
             label,
             make_predictor(base, task, config.tasks[label], config.evaluation),
             validation[label],
@@ -252,7 +220,7 @@ def _begin(
     }
     train = Joined([found.train for found in data.values()])
     rows = config.training.rows * sharding.row_parts(base.mesh)
-    plan = _plan(train, [found.prefix for found in data.values()], config, rows)
+    plan = plan_of(train, [found.prefix for found in data.values()], config, rows)
     facts = {
         "base": base.identity,
         "tokenizer": base.tokenizer.fingerprint,
@@ -269,44 +237,6 @@ def _begin(
     )
     with sharding.use(base.mesh):
         return _resume(config, base, data, train, plan, folder, held)
-
-
-def _prepare(
-    label: str, predictor: AnyPredictor, validation: list[Example], config: FinetuneConfig
-) -> TaskData:
-    """The examples of a task, as they are trained on and evaluated."""
-    settings, task_config = config.training, config.tasks[label]
-    source = make_source(config.data)
-    # A model knows no position past its own window, and would not say so.
-    window = min(settings.row_length, predictor.window)
-    cut = cut_of(settings, window)
-    encoded, about = load_encoded(label, predictor, task_config, config.data, "train", cut)
-    kept = fit_window(encoded, window, settings.too_long, f"{label} train")
-    chosen = choose(validation, settings.validation_examples, settings.seed)
-    predictor.fitted(chosen)  # What cannot be asked is told now, and not after an epoch.
-    encoded_validation = EncodedSet.of(encode_to(predictor, chosen, cut))
-    held_out = fit_window(encoded_validation, window, settings.too_long, f"{label} validation")
-    prefix = shared_prefix(kept.sequences) if settings.packing == "shared_prefix" else 0
-    say(f"{label}: {about['told']}")
-    if about["cut"]:
-        say(f"{label}: {about['cut']} inputs cut to the window, {about['lost']} tokens lost")
-    say(f"{label}: {_told(kept)}, window of {window} tokens, {prefix} of them in common")
-    if held_out.dropped or held_out.truncated:
-        say(f"{label} validation loss: {_told(held_out)}")
-    facts = {
-        "train": len(kept.sequences),
-        "train_rows": about,
-        "train_too_long": _counts(kept),
-        "validation": len(chosen),
-        "validation_too_long": _counts(held_out),
-        "validation_inputs_also_in_train": check_overlap(
-            config.data, label, "validation", encoded_validation.keys, encoded.keys
-        ),
-        "train_sha256": source.fingerprint(predictor.task.data, "train"),
-    }
-    if isinstance(source, HubSource):
-        facts["commit"] = source.commit(predictor.task.data)
-    return TaskData(predictor, kept.sequences, prefix, chosen, held_out.sequences, facts)
 
 
 def _check_unchanged(facts: Mapping[str, Any], folder: Workdir) -> None:
@@ -327,47 +257,6 @@ def _origins(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Digests of what training starts from."""
     data = {f"{label} train": about["train_sha256"] for label, about in facts["data"].items()}
     return {"base": facts["base"]["sha256"], "tokenizer": facts.get("tokenizer"), **data}
-
-
-def _told(kept: Kept) -> str:
-    parts = [f"{len(kept.sequences)} examples"]
-    if kept.dropped:
-        parts.append(f"{len(kept.dropped)} too long and dropped")
-    if kept.truncated:
-        parts.append(f"{len(kept.truncated)} truncated")
-    if kept.tokens_lost:
-        parts.append(f"{kept.tokens_lost} tokens lost")
-    return ", ".join(parts)
-
-
-def _counts(kept: Kept) -> dict[str, Any]:
-    """What a run folder says of the window; ids as far as they are few enough to be read."""
-    return {
-        "dropped": len(kept.dropped),
-        "truncated": len(kept.truncated),
-        "tokens_lost": kept.tokens_lost,
-        "first_dropped": list(kept.dropped[:100]),
-    }
-
-
-def _plan(train: Joined, prefixes: list[int], config: FinetuneConfig, rows: int) -> Plan:
-    settings = config.training
-    mixture = _mixture(config.mixture, list(config.tasks))
-    return make_plan(
-        train.lengths,
-        draw_orders([len(s) for s in train.sets], mixture, settings.seed, settings.epochs),
-        prefixes=prefixes,
-        packing=settings.packing,
-        row_length=settings.row_length,
-        batch_size=settings.batch_size,
-        rows_multiple=rows,
-        groups=train.groups,
-    )
-
-
-def _mixture(config: MixtureConfig, labels: list[str]) -> Mixture:
-    weights = tuple(config.weights.get(label, 1.0) for label in labels)
-    return Mixture(config.policy, config.temperature, weights, config.cap, config.examples)
 
 
 @dataclasses.dataclass(frozen=True)
