@@ -53,7 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if plan.kind in ("lora", "qlora"):
         config = finetune.get_config(f"queryner,{plan.model}")
         config.training.rows, config.training.row_length = plan.rows, plan.length
-        config.model.remat = "full"
+        config.model.remat = "dots"
         config.model.quantization = "nf4" if plan.kind == "qlora" else "none"
     else:
         config = icl.get_config(f"esci,{plan.model}")

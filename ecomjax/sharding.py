@@ -100,12 +100,21 @@ def constrain(x: Array, names: Sequence[str | None]) -> Array:
     Raises:
         ValueError: another number of axes, or an unknown one.
     """
-    if len(names) != x.ndim:
-        raise ValueError(f"axes {tuple(names)} of an activation of shape {x.shape}")
+    spec = spec_of(names, x.shape)
+    return x if in_use() is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def spec_of(names: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """How `constrain` splits an activation of this shape.
+
+    Raises:
+        ValueError: see there.
+    """
+    if len(names) != len(shape):
+        raise ValueError(f"axes {tuple(names)} of an activation of shape {tuple(shape)}")
     mesh = in_use()
     split = [None if name in PARAMETERS_ALONE else name for name in names]
-    spec, _ = _spec("activation", split, x.shape, {} if mesh is None else mesh.shape)
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, spec)
+    return _spec("activation", split, shape, {} if mesh is None else mesh.shape)[0]
 
 
 class Fallback(NamedTuple):

@@ -29,6 +29,10 @@ PADDING_SEGMENT = 0
 SHARED_SEGMENT = -1
 """Segment id of a prefix that every segment of its row attends to."""
 
+BRANCHES = 2**16
+"""A segment s may have branches, s * BRANCHES + i for i < BRANCHES, which attend to it and each to
+itself: so the labels of a prompt follow it side by side. Those below BRANCHES are no branches."""
+
 
 class Batch(flax.struct.PyTreeNode):
     """Packed rows of token sequences.

@@ -33,6 +33,8 @@ class ModelConfig:
     param_dtype: FloatType = "float32"
     compute_dtype: FloatType = "float32"
     remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again: nothing, all but what linear layers and attention
+    return, or everything."""
     dispatch: Literal["ragged", "dense"] = "ragged"
     """How tokens reach their experts, where a model has some."""
     quantization: Literal["none", "int8", "nf4"] = "none"
@@ -216,7 +218,7 @@ class EvaluationConfig:
 
     split: Literal["train", "validation", "test"] = "test"
     batch_size: Positive = 16
-    """Prompts at once; no score depends on it."""
+    """Prompts at once, or, where labels are scored, rows of them; no score depends on it."""
     too_long: Literal["truncate", "raise"] = "raise"
     """What becomes of prompts that leave no room for an answer; truncate: demonstrations are
     left out, then input is cut, and both are counted."""

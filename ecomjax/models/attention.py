@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ecomjax.models import flash
 from ecomjax.models.cache import StackedCache
-from ecomjax.models.layers import Linear
+from ecomjax.models.layers import Linear, kept
 from ecomjax.models.rope import rotate
-from ecomjax.typing import PADDING_SEGMENT, SHARED_SEGMENT, Int8Vectors
+from ecomjax.typing import BRANCHES, PADDING_SEGMENT, SHARED_SEGMENT, Int8Vectors
 
 
 class KeyValues(NamedTuple):
@@ -29,10 +30,10 @@ def make_mask(
 ) -> Bool[Array, "B T S"]:
     """Which key slots each query slot sees.
 
-    Those of its own segment or of the shared prefix, never padding, and none of the queries
-    behind it (the first stands at slot `first_query` of the keys, and the others follow). All
-    other slots hold what came before, wherever they are. A padding query sees itself alone, so
-    that its softmax stays finite.
+    Those of its own segment, of the one that it branches from, or of the shared prefix, never
+    padding, and none of the queries behind it (the first stands at slot `first_query` of the
+    keys, and the others follow). All other slots hold what came before, wherever they are. A
+    padding query sees itself alone, so that its softmax stays finite.
     """
     slots = jnp.arange(key_segments.shape[1], dtype=jnp.int32)
     own_slot = first_query + jnp.arange(query_segments.shape[1], dtype=jnp.int32)
@@ -56,10 +57,12 @@ def make_bidirectional_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T 
 def related(
     query_segments: Int[Array, "B T"], key_segments: Int[Array, "#B S"]
 ) -> Bool[Array, "B T S"]:
-    """Where key and query are of one segment, or the key is of the shared one; never padding."""
+    """Where the key is of the query's segment, of the one that it branches from, or of the shared
+    one; never padding."""
     keys, queries = key_segments[:, None, :], query_segments[:, :, None]
+    stems = jnp.where(queries < BRANCHES, queries, queries // BRANCHES)
     live = (keys != PADDING_SEGMENT) & (queries != PADDING_SEGMENT)
-    return live & ((keys == queries) | (keys == SHARED_SEGMENT))
+    return live & ((keys == queries) | (keys == stems) | (keys == SHARED_SEGMENT))
 
 
 def attend(
@@ -114,45 +117,101 @@ def _attend_grouped(
 
 
 def _forward(q, parts, bias, cap):
-    biases = [*[None] * (len(parts) - 1), bias]
-    scores = [
-        _scores(q, part.keys, mask, own, cap)
-        for (part, mask), own in zip(parts, biases, strict=True)
+    found = [
+        _attend_part(q, part, mask, own, cap)
+        for (part, mask), own in zip(parts, _biases(parts, bias), strict=True)
     ]
-    top = jnp.stack([s.max(axis=-1) for s in scores]).max(axis=0)[..., None]
-    weights = [jnp.exp(s - top) for s in scores]
-    total = jnp.stack([w.sum(axis=-1) for w in weights]).sum(axis=0)[..., None]
-    summed = [
-        _product("BKTS,BKSH->BKTH", w.astype(q.dtype), part.values)
-        for w, (part, _) in zip(weights, parts, strict=True)
-    ]
-    out = (jnp.stack(summed).sum(axis=0) / total).astype(q.dtype)
-    return out, (q, parts, bias, out, top + jnp.log(total))
+    out, log_total = found[0]
+    if len(found) > 1:
+        log_total = jax.nn.logsumexp(jnp.stack([log for _, log in found]), axis=0)
+        out = jnp.stack([own * jnp.exp(log - log_total) for own, log in found]).sum(axis=0)
+    out, log_total = kept(out.astype(q.dtype)), kept(log_total)
+    return out, (q, parts, bias, out, log_total)
 
 
-def _backward(cap, kept, d_out):
-    q, parts, bias, out, log_total = kept
-    biases = [*[None] * (len(parts) - 1), bias]
+def _biases(parts, bias):
+    """Of each part; the last one alone may have any."""
+    return [*[None] * (len(parts) - 1), bias]
+
+
+def _attend_part(q, part, mask, bias, cap):
+    """Output for the slots of a part alone, and the log of its softmax's sum, in float32."""
+
+    def formula(q, part, mask):
+        scores = _scores(q, part.keys, mask, bias, cap)
+        top = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = weights.sum(axis=-1, keepdims=True)
+        summed = _product("BKTS,BKSH->BKTH", weights.astype(q.dtype), part.values)
+        return summed / total, top + jnp.log(total)
+
+    def kernel(q, part, mask):
+        out, log_total = flash.attend(_by_heads(q, part, mask), cap=cap)
+        return out.reshape(q.shape), log_total.reshape(*q.shape[:3], 1)
+
+    return _computed(kernel, formula, q, part, mask, bias)
+
+
+def _computed(kernel, formula, q, part, mask, bias, *more):
+    """What both return for (q, part, mask, *more), by the kernel where there is one."""
+    by_heads = _by_heads(q, part, mask)
+    given = (q, part, mask, *more)
+    if bias is not None or not flash.fits(by_heads.q.shape, by_heads.keys.shape):
+        return formula(*given)
+    return jax.lax.platform_dependent(*given, tpu=kernel, default=formula)
+
+
+def _by_heads(q, part, mask):
+    """Grouped queries [B, K, GT, H] head by head: [B, N, T, H]."""
+    rows, _, _, width = q.shape
+    q = q.reshape(rows, -1, mask.shape[1], width)
+    return flash.Inputs(q, part.keys, part.values, mask)
+
+
+def _backward(cap, saved, d_out):
+    q, parts, bias, out, log_total = saved
     correction = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
     d_q, d_parts, d_bias = jnp.zeros(q.shape, jnp.float32), [], None
-    for (part, mask), own in zip(parts, biases, strict=True):
-        scores = _scores(q, part.keys, mask, own, cap)
+    for (part, mask), own in zip(parts, _biases(parts, bias), strict=True):
+        d_queries, d_part, d_bias = _gradients_of_part(
+            q, part, mask, own, cap, d_out, log_total, correction
+        )
+        d_q += d_queries
+        d_parts.append((d_part, None))
+    return d_q.astype(q.dtype), d_parts, d_bias
+
+
+def _gradients_of_part(q, part, mask, bias, cap, d_out, log_total, correction):
+    """By queries in float32, by keys and values, and by the bias, where there is one."""
+
+    def formula(q, part, mask, d_out, log_total, correction):
+        scores = _scores(q, part.keys, mask, bias, cap)
         weights = jnp.exp(scores - log_total)
         d_weights = _product("BKTH,BKSH->BKTS", d_out, part.values)
         d_scores = weights * (d_weights - correction)
         if cap:
             # Masked scores are no values of tanh, and have no weight.
             d_scores *= 1.0 - jnp.square(jnp.where(weights > 0.0, scores, 0.0) / cap)
-        if own is not None:
-            d_bias = d_scores if own.shape[0] > 1 else d_scores.sum(axis=0, keepdims=True)
+        d_bias = None
+        if bias is not None:
+            d_bias = d_scores if bias.shape[0] > 1 else d_scores.sum(axis=0, keepdims=True)
         d_scores = d_scores.astype(q.dtype)
-        d_q += _product("BKTS,BKSH->BKTH", d_scores, part.keys)
-        d_keys, d_values = (
-            _summed_over_queries(x, y, part.keys.shape[0])
-            for x, y in ((q, d_scores), (d_out, weights.astype(q.dtype)))
+        d_part = KeyValues(
+            *(
+                _summed_over_queries(x, y, part.keys.shape[0])
+                for x, y in ((q, d_scores), (d_out, weights.astype(q.dtype)))
+            )
         )
-        d_parts.append((KeyValues(d_keys, d_values), None))
-    return d_q.astype(q.dtype), d_parts, d_bias
+        return _product("BKTS,BKSH->BKTH", d_scores, part.keys), d_part, d_bias
+
+    def kernel(q, part, mask, d_out, log_total, correction):
+        given = _by_heads(q, part, mask)
+        per_query = (x.reshape(given.q.shape[:3]) for x in (log_total, correction))
+        d_out = d_out.reshape(given.q.shape)
+        d_queries, *d_part = flash.gradients(given, d_out, *per_query, cap=cap)
+        return d_queries.reshape(q.shape), KeyValues(*(x.astype(q.dtype) for x in d_part)), None
+
+    return _computed(kernel, formula, q, part, mask, bias, d_out, log_total, correction)
 
 
 _attend_grouped.defvjp(_forward, _backward)

@@ -19,7 +19,8 @@ class ModelConfig:
     scan: bool = True
     """Scan over stacked layers (compiles once) or, for debugging, unroll named ones."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, everything."""
+    """What the backward pass recomputes: nothing, all but what linear layers and attention return,
+    everything."""
     kv_cache: Literal["compute", "int8"] = "compute"
     """How a cache holds keys and values: in `compute_dtype`, or as `ecomjax.typing.Int8Vectors`.
     Those that a decoder has of its sources stay in `compute_dtype`."""

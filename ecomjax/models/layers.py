@@ -10,6 +10,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ecomjax.sharding import constrain
@@ -56,6 +57,15 @@ def multiply(
     return matmul(x, matrix) if sizes is None else jax.lax.ragged_dot(x, matrix, sizes), matrix
 
 
+KEPT = "kept"
+"""What has this name is kept for the backward pass by the policy "dots" of `stack`."""
+
+
+def kept(x: Array) -> Array:
+    """The same, and costly enough to keep it instead of computing it again."""
+    return checkpoint_name(x, KEPT)
+
+
 class Linear(nn.Module):
     """y = x @ kernel, with kernel [*in, *out] read as a matrix [d_in, d_out].
 
@@ -97,6 +107,7 @@ class Linear(nn.Module):
             leaf = self.get_variable("lora", "kernel")
             key = self.make_rng("dropout") if self.has_rng("dropout") else None
             y = leaf.apply(x, matrix, y, adapter_index, key)
+        y = kept(y)
         if self.use_bias:
             init = declare(nn.initializers.zeros, self.axes[self.inputs :])
             bias: Any = self.param("bias", init, self.out, self.param_dtype)

@@ -9,10 +9,11 @@ import flax.linen as nn
 import jax
 
 from ecomjax.models.config import ModelConfig
+from ecomjax.models.layers import KEPT
 from ecomjax.trees import STACKED
 
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ecomjax.models.attention import KeyValues, attend, make_mask, related
+from ecomjax.typing import BRANCHES
 
 RNG = np.random.default_rng(0)
 
@@ -129,12 +130,14 @@ def naive_mask(queries, keys, first):
             mask[b, t, s] = s == own
         else:
             ahead = own < s < first + queries.shape[1]
-            mask[b, t, s] = not ahead and keys[b, s] in (queries[b, t], -1)
+            stem = queries[b, t] // BRANCHES or queries[b, t]
+            mask[b, t, s] = not ahead and keys[b, s] in (queries[b, t], stem, -1)
     return mask
 
 
 def test_mask_slot_by_slot():
-    keys = RNG.integers(-1, 4, (3, 12)).astype(np.int32)
+    ids = np.array([-1, 0, 1, 2, 2 * BRANCHES, 2 * BRANCHES + 1, 3 * BRANCHES], np.int32)
+    keys = RNG.choice(ids, (3, 12))
     for first, count in [(0, 12), (5, 4), (11, 1)]:
         queries = keys[:, first : first + count]
         mask = mask_of(queries, keys, first)

@@ -54,14 +54,14 @@ def loss_of(model, tokens):
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_remat_recomputes_what_it_says(make_llama, tokens, scan):
-    """Full recomputes matrix products too, dots all but those of the weights, none nothing."""
+    """Full recomputes matrix products too, dots what lies between them alone, none nothing."""
     products, activations = {}, {}
     for remat in ("none", "dots", "full"):
         tiny = make_llama(remat=remat, scan=scan)
         grad = jax.make_jaxpr(jax.grad(loss_of(tiny.model, tokens)))(tiny.params)
         counts = count_primitives(grad.jaxpr)
         products[remat], activations[remat] = counts["dot_general"], counts["logistic"]
-    assert products["none"] < products["dots"] < products["full"]
+    assert products["none"] == products["dots"] < products["full"]
     assert activations["none"] < activations["dots"] == activations["full"]
 
 
