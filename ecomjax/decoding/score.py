@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from ecomjax.data.encoded import Encoded
-from ecomjax.data.packing import write_rows
 from ecomjax.decoding import prefix as prefixes
-from ecomjax.decoding.batches import adapters_of, by_length, count_adapters
+from ecomjax.decoding.batches import adapters_of, count_adapters, rows_of
 from ecomjax.errors import UserError
 from ecomjax.models.likelihood import token_log_likelihood
-from ecomjax.sharding import constrain
-from ecomjax.typing import Batch, KVCache
+from ecomjax.sharding import constrain, row_parts
+from ecomjax.typing import BRANCHES, Batch, KVCache
+
+ROW = 256
+"""Slots of a row at least, which it fills with several short prompts."""
+TARGETS = 16
+"""The head is applied to a multiple of so many slots of a row, so that few shapes are compiled."""
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def score_rows(
-    model: nn.Module, labels: int, variables: Any, start: KVCache, batch: Batch, adapter: Any
-) -> Float[jax.Array, "B labels"]:
-    """Log-likelihood of each label, the segments 1, 2, ... of the rows."""
+    model: nn.Module, targets: int, variables: Any, start: KVCache, batch: Batch, adapter: Any
+) -> Float[jax.Array, "B T"]:
+    """Log-likelihood of each target, of which no row has more than `targets`."""
     seen = prefixes.of_rows(start, adapter)
-    likelihood = token_log_likelihood(model, variables, batch, seen, adapter_index=adapter)
-    segments = jnp.arange(1, labels + 1, dtype=jnp.int32)
-    own = batch.segment_ids[:, None, :] == segments[None, :, None]
-    scores = jnp.where(own, likelihood[:, None, :], 0.0).sum(axis=-1)
-    return constrain(scores, (None, None))
+    likelihood = token_log_likelihood(
+        model, variables, batch, seen, adapter_index=adapter, chunk=targets
+    )
+    return constrain(likelihood, (None, None))
 
 
 def label_log_likelihoods(
@@ -49,15 +50,16 @@ def label_log_likelihoods(
     """log p(label | prompt), summed over the label's tokens and not normalised by length.
 
     Labels should end with the end token: then none is a prefix of another, and the values
-    compare complete answers. A row holds a prompt once, as the shared segment of all its
-    labels; tokens that all prompts open with are computed once.
+    compare complete answers. A prompt is computed once for all its labels, and what all prompts
+    open with once for all of them.
 
     Args:
         model: see `models.likelihood.token_log_likelihood`; also has `new_cache`.
         variables: {"params": ..., "lora": ...}.
         prompts: token ids, each at least one.
         labels: token ids of each label, each at least one.
-        batch_size: prompts scored together; results do not depend on it.
+        batch_size: rows scored together, each of one prompt or of several short ones; results do
+            not depend on it.
         window: most tokens a prompt and one label may take together.
         on_done: called with the number of prompts just finished, for progress.
         adapters: which of several each prompt uses, see `generate`.
@@ -82,32 +84,102 @@ def label_log_likelihoods(
     offset = prefixes.common_prefix(prompts)
     count = count_adapters(variables, len(prompts), adapters)
     start = prefixes.fill_prefix(model, variables, prompts[0][:offset], count)
+    tails = [prompt[offset:] for prompt in prompts]
+    own = [0] * len(prompts) if adapters is None else adapters
+    used = [len(tail) - 1 + sum(1 + len(label) for label in labels) for tail in tails]
     scores = np.zeros((len(prompts), len(labels)), np.float32)
-    for indices in by_length([*map(len, prompts)], batch_size):
-        batch = _label_rows([prompts[i][offset:] for i in indices], labels, offset)
-        own = adapters_of(indices, adapters)
-        found = score_rows(model, len(labels), variables, start, batch, own)
-        scores[indices] = jax.device_get(found)
-        on_done(len(set(indices)))
+    for rows, slots in in_rows(used, own, batch_size):
+        batch = _write(rows, slots, tails, labels, offset)
+        adapter = adapters_of([row[0] if row else 0 for row in rows], adapters)
+        targets = max(1, int((batch.weights > 0).sum(axis=1).max()))
+        targets += -targets % TARGETS
+        found = jax.device_get(score_rows(model, targets, variables, start, batch, adapter))
+        row, slot = np.nonzero(batch.weights)
+        stem, label = np.divmod(batch.segment_ids[row, slot], BRANCHES)
+        prompt = [rows[i][number - 1] for i, number in zip(row, stem, strict=True)]
+        np.add.at(scores, (prompt, label), found[row, slot])
+        on_done(sum(map(len, rows)))
     return scores
 
 
-def _label_rows(
-    tails: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], offset: int
+def in_rows(
+    lengths: Sequence[int], adapters: Sequence[int], batch_size: int
+) -> Iterator[tuple[list[list[int]], int]]:
+    """Rows of prompts for each batch, long prompts first, and how many slots the rows have.
+
+    A prompt goes into the first row with room whose adapter is its own. The last batch of a
+    length is of half as many rows, or of half of that, if these hold the rest: few shapes are
+    compiled, and on the mesh in use rows divide.
+
+    Args:
+        lengths: slots that each prompt takes with its labels.
+        adapters: which one each uses.
+        batch_size: rows of a batch.
+    """
+    left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while left:
+        most = rows_of(len(left), batch_size)
+        slots = max(ROW, prefixes.bucketed(lengths[left[0]]))
+        rows: list[list[int]] = []
+        room: list[int] = []
+        later = []
+        for i in left:
+            row = next(
+                (
+                    number
+                    for number, held in enumerate(rows)
+                    if room[number] >= lengths[i] and adapters[held[0]] == adapters[i]
+                ),
+                len(rows),
+            )
+            if row == most:
+                later.append(i)
+                continue
+            if row == len(rows):
+                rows.append([])
+                room.append(slots)
+            rows[row].append(i)
+            room[row] -= lengths[i]
+        parts = row_parts()
+        while (most > parts) and (half := -(-most // (2 * parts)) * parts) >= len(rows):
+            most = half
+        yield rows + [[]] * (most - len(rows)), slots
+        left = later
+
+
+def _write(
+    rows: Sequence[Sequence[int]],
+    slots: int,
+    tails: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    offset: int,
 ) -> Batch:
-    """Rows of a prompt tail followed by its labels; every label repeats the last prompt token,
-    which predicts its first one."""
-    assembled = []
-    for tail in tails:
-        sequences = [Encoded(str(i), (*tail, *label), len(tail)) for i, label in enumerate(labels)]
-        used = len(tail) - 1 + sum(1 + len(label) for label in labels)
-        row, slots = tuple(range(len(labels))), prefixes.bucketed(used)
-        assembled.append(write_rows([row], sequences, slots, [len(tail) - 1]))
-    slots = max(batch.tokens.shape[1] for batch in assembled)
+    """Rows of prompt tails, each followed by all labels, which branch from it.
 
-    def together(*leaves):
-        widened = [np.pad(x, ((0, 0), (0, slots - x.shape[1]))) for x in leaves]
-        return np.concatenate(widened)
+    Every label repeats the last prompt token, which predicts its first one.
 
-    batch = jax.tree.map(together, *assembled)
-    return batch.replace(positions=np.where(batch.segment_ids != 0, batch.positions + offset, 0))
+    Args:
+        rows: indices of the prompts in each.
+        slots: T.
+        tails: of prompts, behind the tokens that all of them open with.
+        labels: token ids.
+        offset: position of the first token of a tail.
+    """
+    shape = (len(rows), slots)
+    tokens, positions, segments, targets = (np.zeros(shape, np.int32) for _ in range(4))
+    weights = np.zeros(shape, np.float32)
+    for b, row in enumerate(rows):
+        slot = 0
+        for stem, index in enumerate(row, start=1):
+            *inside, last = tails[index]
+            branches = [(stem * BRANCHES + i, (last, *label)) for i, label in enumerate(labels)]
+            for segment, own in [(stem, inside), *branches]:
+                end, first = slot + len(own), 0 if segment == stem else len(inside)
+                tokens[b, slot:end] = own
+                positions[b, slot:end] = offset + first + np.arange(len(own))
+                segments[b, slot:end] = segment
+                if segment != stem:
+                    targets[b, slot : end - 1] = own[1:]
+                    weights[b, slot : end - 1] = 1.0
+                slot = end
+    return Batch(tokens, positions, segments, targets, weights)  # pyright: ignore[reportArgumentType]

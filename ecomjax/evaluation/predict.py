@@ -117,7 +117,7 @@ class Predictor:
             the label and the one that ends it; "mean", that by token, which does not favour
             short labels; "calibrated", see `metrics.calibration.contextual`. Of labels with
             equal scores the first of the task is chosen.
-        batch_size: prompts at once.
+        batch_size: prompts at once; where labels are scored, rows of them.
         window: most tokens of a prompt and its answer.
         max_new_tokens: of an answer written freely; a constrained one is as long as its form.
         too_long: what becomes of prompts that leave no room for an answer: "raise", or

@@ -198,7 +198,9 @@ def _scoring(config: IclConfig, base: _Base, prompts: Prompts, labels: int) -> S
     batch = _whole(_batch((rows, prompts.slots)), base.mesh)
     variables = {"params": base.params}
     scoring: Any = score.score_rows
-    traced = _traced(scoring, base.mesh, base.module, labels, variables, start, batch, None)
+    # Labels of a few tokens.
+    targets = score.TARGETS * labels
+    traced = _traced(scoring, base.mesh, base.module, targets, variables, start, batch, None)
     tokens, c = rows * prompts.slots, base.config
     attended = (prompts.prefix + prompts.slots / 2) * c.heads * c.head_dim * c.layers
     # The head is needed for the few tokens of labels; they are left out.

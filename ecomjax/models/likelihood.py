@@ -30,7 +30,7 @@ def _(size: int, batched: list[bool], wanted: Bool[Array, "*A"]) -> tuple[jax.Ar
 
 
 HEAD_CHUNK = 128
-"""Slots the LM head is applied to at once; bounds the logits held to [B, 128, V]."""
+"""Slots of a row that the LM head is applied to at once; bounds the logits held to [B, 128, V]."""
 
 
 def token_log_likelihood(
@@ -40,6 +40,7 @@ def token_log_likelihood(
     prefix: KVCache | None = None,
     rngs: dict[str, jax.Array] | None = None,
     adapter_index: Int[Array, "B"] | None = None,
+    chunk: int | None = None,
 ) -> Float[Array, "B T"]:
     """log p(target) at every slot of weight > 0, and 0 elsewhere, in float32.
 
@@ -51,11 +52,12 @@ def token_log_likelihood(
         prefix: see the model; keys and values that stand before every row.
         rngs: {"dropout": key} while training.
         adapter_index: see the model.
+        chunk: see `likelihood_of_hidden`.
     """
     apply: Any = model.apply
     slots = (batch.tokens, batch.positions, batch.segment_ids)
     hidden, _ = apply(variables, *slots, None, prefix, adapter_index, rngs=rngs)
-    return likelihood_of_hidden(model, variables, hidden, batch, adapter_index)
+    return likelihood_of_hidden(model, variables, hidden, batch, adapter_index, chunk)
 
 
 def likelihood_of_hidden(
@@ -64,15 +66,22 @@ def likelihood_of_hidden(
     hidden: Float[Array, "B T D"],
     batch: Batch,
     adapter_index: Int[Array, "B"] | None = None,
+    chunk: int | None = None,
 ) -> Float[Array, "B T"]:
     """`token_log_likelihood` from the hidden states on.
 
     The head runs only where there is a target: slots with one are gathered to the front
     of each row, and chunks that hold none are skipped.
+
+    Args:
+        model, variables, batch, adapter_index: see there.
+        hidden: what the model returns.
+        chunk: slots of a row that the head is applied to at once, if fewer than usual: so many
+            as no row has more targets than.
     """
     apply: Any = model.apply
     rows, slots = batch.targets.shape
-    chunk = min(HEAD_CHUNK, slots)
+    chunk = min(HEAD_CHUNK, slots, chunk or slots)
     padding = -slots % chunk
     targeted = jnp.pad(batch.weights > 0, ((0, 0), (0, padding)))
     order = jnp.argsort(~targeted, axis=1, stable=True)

@@ -1,7 +1,9 @@
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from ecomjax.decoding.score import label_log_likelihoods
+from ecomjax.decoding.score import ROW, in_rows, label_log_likelihoods
 from ecomjax.errors import UserError
 from ecomjax.models.llama import Llama
 
@@ -65,6 +67,25 @@ def test_every_next_token_is_a_label(tiny, prompts):
     np.testing.assert_allclose(np.exp(scores).sum(axis=1), 1.0, atol=1e-5)
 
 
+@hypothesis.given(
+    st.lists(st.tuples(st.integers(1, 400), st.integers(0, 2)), max_size=60), st.integers(1, 8)
+)
+def test_rows_hold_every_prompt_once_and_none_too_many(prompts, batch_size):
+    """Short prompts share rows, with those of the same adapter, and few rows are empty."""
+    lengths, adapters = [length for length, _ in prompts], [adapter for _, adapter in prompts]
+    batches = list(in_rows(lengths, adapters, batch_size))
+    held = [row for rows, _ in batches for row in rows]
+    assert sorted(i for row in held for i in row) == list(range(len(prompts)))
+    for rows, slots in batches:
+        assert len(rows) <= batch_size
+        assert sum(map(bool, rows)) >= len(rows) // 2
+        for row in rows:
+            assert sum(lengths[i] for i in row) <= slots
+            assert len({adapters[i] for i in row}) <= 1
+    if prompts and max(lengths) <= ROW // 4 and len(set(adapters)) == 1:
+        assert sum(map(bool, held)) <= 2 * sum(lengths) / ROW + 1
+
+
 class Watched(Llama):
     """Counts how often it is traced."""
 
@@ -82,7 +103,7 @@ def test_nothing_is_compiled_anew_for_other_lengths_of_a_bucket(tiny):
         label_log_likelihoods(model, {"params": tiny.params}, prompts, LABELS, **options)
         return Watched.traced - before
 
-    assert run([[1, 2, 3], [1, 2, 4, 5, 6]]) > 0
+    assert run([[1, 2, 3], [1, 2, 4, 5, 6], [1, 2, 3, 4]]) > 0
     assert run([[1, 2], [1, 3, 4], [1, 5, 6, 7, 8, 9, 10]]) == 0
 
 
