@@ -16,6 +16,9 @@ from ecomjax.tasks.base import Example, Task
 
 Floor = Callable[[Task, Sequence[Example], Sequence[Example]], list[Any]]
 
+FIELD_WORDS = 3
+"""Of the name of a field at most; what stands before a colon else is part of a sentence."""
+
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s")
 
 
@@ -47,11 +50,12 @@ def word_tags(
 def bag_of_words(task: Task, train: Sequence[Example], examples: Sequence[Example]) -> list[str]:
     """Logistic regression on the words of the input, by field.
 
-    The text is what the task shows a model, one field a line; a word counts apart in each
-    field (`Query: red` is not `Color: red`). Weights are tf-idf, classes are balanced. With
-    one class in training there is nothing to learn but that.
+    The text is what the task shows a model; where a line is a field, a word counts apart in
+    it (`Query: red` is not `Color: red`). Weights are tf-idf, classes are balanced. Where
+    training has one class, or no word, there is nothing to learn but the majority.
     """
-    if len({example.target for example in train}) == 1:
+    shown = [task.user(example) for example in train]
+    if len({example.target for example in train}) == 1 or not any(map(_field_words, shown)):
         return majority(task, train, examples)
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -62,7 +66,7 @@ def bag_of_words(task: Task, train: Sequence[Example], examples: Sequence[Exampl
         TfidfVectorizer(analyzer=analyzer, sublinear_tf=True),
         LogisticRegression(max_iter=1000, class_weight="balanced"),
     )
-    model.fit([task.user(example) for example in train], [example.target for example in train])
+    model.fit(shown, [example.target for example in train])
     return [str(label) for label in model.predict([task.user(example) for example in examples])]
 
 
@@ -125,9 +129,11 @@ def _most_frequent(values: Iterable[str]) -> str:
 
 
 def _field_words(text: str) -> list[str]:
-    """Words of a text of lines `Field: words`, each with its field."""
+    """Words of a text, each with the field whose line it is in, as `Field: words`, if any."""
     words = []
     for line in text.lower().split("\n"):
-        field, _, content = line.partition(":")
+        field, colon, content = line.partition(":")
+        if not colon or len(field.split()) > FIELD_WORDS:
+            field, content = "", line
         words.extend(f"{field}:{word}" for word in re.findall(r"\w+", content))
     return words

@@ -41,8 +41,26 @@ def test_bag_of_words_learns_words_by_field():
     assert bag_of_words(Esci(), train, asked) == ["Exact", "Irrelevant"]
 
 
+def test_bag_of_words_reads_lines_that_are_no_fields():
+    """Sentences, with a colon or without one."""
+    task = Instruction(score="label", labels=("yes", "no"))
+
+    def row(text, label=None):
+        return Example(text, {"instruction": "Is it good?", "input": text}, label)
+
+    good, bad = "I can say only this: a lovely {}", "awful {} and nothing more: never again"
+    train = [
+        row(text.format(i), label) for text, label in ((good, "yes"), (bad, "no")) for i in "ab"
+    ]
+    asked = [row("lovely"), row("awful")]
+    assert bag_of_words(task, train, asked) == ["yes", "no"]
+
+
 def test_one_class_is_all_that_can_be_learnt():
+    """And so is the majority of texts without words."""
     assert bag_of_words(Esci(), [pair("a", "b")] * 3, [pair("c", "d")]) == ["Exact"]
+    wordless = [pair("!", "?", label) for label in ("Irrelevant", "Irrelevant", "Exact")]
+    assert bag_of_words(Esci(), wordless, [pair("c", "d")]) == ["Irrelevant"]
 
 
 def test_reviews_are_copied():
