@@ -3,6 +3,8 @@
 The argument says how much: `smoke` shows that everything works, `quickstart` is a little of
 everything with the synthetic shop, `real` takes hours with 1,500 training rows a
 task of `--config.data.source=local --config.data.path=DIR` and the whole test files there.
+`own` is for rows of instruction, input and output of your own, all of those in
+DIR/instruction/{train,validation,test}.jsonl of `--config.data.path=DIR`.
 
 The experiments hold the study's own sections `model` and `data`, so that an override such as
 `--config.data.source=local` reaches all of them.
@@ -16,6 +18,7 @@ SIZES = {
     "smoke": {"train": 8, "validation": 2, "test": 4},
     "quickstart": {"train": 64, "validation": 8, "test": 60},
     "real": {"train": 1500, "validation": 0, "test": 0},
+    "own": {"train": 0, "validation": 0, "test": 0},
 }
 """Rows of each split; 0 is all."""
 
@@ -23,9 +26,13 @@ TASKS = {
     "smoke": ("esci", "queryner", "review_summarization", "description_generation"),
     "quickstart": ("esci", "queryner", "review_summarization", "description_generation"),
     "real": ("esci", "queryner", "review_summarization"),
+    "own": ("instruction",),
 }
 
-EPOCHS = {"esci": 2, "queryner": 1, "review_summarization": 1, "description_generation": 1}
+EPOCHS = {
+    **{"esci": 2, "queryner": 1, "review_summarization": 1, "description_generation": 1},
+    "instruction": 2,
+}
 """What fits the time; an answer to ESCI teaches at the fewest tokens."""
 
 CONVENTIONAL = {"esci": "minilm_l6", "queryner": "minilm_l6"}
@@ -39,9 +46,10 @@ GRIDS = {
         "conventional_learning_rates": (1e-4, 2e-4),
         "merge_methods": ("linear", "ties"),
     },
+    "own": {"learning_rates": (5e-4, 1e-3)},
 }
 
-SHOTS = {"smoke": (0, 1), "quickstart": (0, 1), "real": (0, 1, 3, 8)}
+SHOTS = {"smoke": (0, 1), "quickstart": (0, 1), "real": (0, 1, 3, 8), "own": (0, 1, 3, 8)}
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -53,10 +61,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.smoke = smoke
     config.model = models.get(models.DEFAULT)
     config.data = common.data(smoke)
+    if arg == "own":
+        config.data.source, config.data.path = "local", "data"
     for split, size in SIZES[arg].items():
         config.data[f"{split}_size"] = size
     config.tasks = tasks
-    config.systems = ("few_shot", "lora", "mixed", "merged")
+    # Mixtures and merges are of several tasks.
+    several = ("mixed", "merged") if len(tasks) > 1 else ()
+    config.systems = ("few_shot", "lora", *several)
     config.grid = ConfigDict(
         {
             "train_sizes": (),
@@ -85,6 +97,11 @@ def get_config(arg: str = "") -> ConfigDict:
         section.data = config.data
     for task in tasks:
         asked[task].update({"fewshot": {"shots": SHOTS[arg]}})
+        # However a task is asked, it is one task.
+        options = tuned[task].tasks[task].options
+        asked[task].task.options = mixed.tasks[task].options = options
+        if task in encoders:
+            encoders[task].tasks[task].options = options
     if not smoke:
         mixed.update({"training": {"epochs": 1}})
         for task in tasks:

@@ -21,6 +21,7 @@ ALL = [
     (study, "quickstart"),
     (study, "smoke"),
     (study, "real"),
+    (study, "own"),
     *((plans, name) for name in plans.PLANS),
     (merged, ""),
     (merged, "llama2_7b"),
@@ -73,6 +74,18 @@ def test_an_override_of_a_study_reaches_all_its_experiments():
     for section in (*result.finetune.values(), *result.icl.values(), result.mixed):
         assert section.data.path == "some/folder"
         assert section.model.remat == "full"
+
+
+@pytest.mark.parametrize("task", study.TASKS["quickstart"])
+def test_a_task_of_a_study_is_one_task_however_it_is_asked(task):
+    config = study.get_config("quickstart")
+    options = config.finetune[task].tasks[task].options
+    for name in options:
+        options[name] = {str: "changed", bool: not options[name], int: 7}[type(options[name])]
+    told = dict(options)
+    assert dict(config.icl[task].task.options) == told == dict(config.mixed.tasks[task].options)
+    if task in config.conventional:
+        assert dict(config.conventional[task].tasks[task].options) == told
 
 
 def test_smoke_is_smaller():

@@ -5,7 +5,7 @@ import pytest
 
 from ecomjax.errors import UserError
 from ecomjax.experiments import estimate, study
-from ecomjax.experiments.files import read_json, read_jsonl
+from ecomjax.experiments.files import read_json, read_jsonl, write_jsonl
 from ecomjax.experiments.workdir import Workdir
 from ecomjax.preemption import Preempted
 from tests.experiments.studies import MadeUp
@@ -54,6 +54,39 @@ def first(config, tmp_path_factory):
 def finished(first):
     """The folder; tests must leave it as it is."""
     return first[0]
+
+
+def test_rows_of_ones_own_go_through_a_whole_study(made_up, make_config, tmp_path):
+    """Given nothing but their folder, and what kind of answers they have."""
+    for split, count in (("train", 12), ("validation", 6), ("test", 9)):
+        rows = [
+            {
+                "instruction": "Good or bad?",
+                "input": f"{split} {i}",
+                "output": ("good", "bad")[i % 2],
+            }
+            for i in range(count)
+        ]
+        write_jsonl(tmp_path / "mine" / "instruction" / f"{split}.jsonl", rows)
+    options = "finetune.instruction.tasks.instruction.options"
+    config = make_config(
+        "study",
+        "own",
+        {
+            "data.path": str(tmp_path / "mine"),
+            f"{options}.score": "label",
+            f"{options}.labels": ("good", "bad"),
+            "icl.instruction.fewshot.shots": (0, 2),
+        },
+    )
+    study.run(config, str(tmp_path / "study"))
+    lines = read_jsonl(tmp_path / "study" / "results.jsonl")
+    assert {line["system"] for line in lines} == FLOORS["esci"] | {"zero-shot", "2-shot", "LoRA"}
+    assert {(line["task"], line["train_size"], line["n"]) for line in lines} == {
+        ("instruction", 12, 9)
+    }
+    # Both learning rates are tried, and the better one is asked for test.
+    assert [what for what, _ in made_up.calls].count("train") == 2
 
 
 def test_results_name_what_is_needed_to_compare_them(finished):
