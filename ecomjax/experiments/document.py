@@ -67,14 +67,16 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --ground: #15171a;
   --line: #41464e; --soft: #22262b; --alarm: #ff9b8f; } }
 body { color: var(--ink); background: var(--ground); margin: 0 auto; padding: 1rem;
-  max-width: 72rem; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+  max-width: 84rem; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1, h2, h3 { line-height: 1.25; margin: 1.6em 0 0.6em; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
 th, td { border: 1px solid var(--line); padding: 0.35rem 0.6rem; text-align: left;
-  vertical-align: top; overflow-wrap: normal; }
-th { background: var(--soft); }
+  vertical-align: top; overflow-wrap: normal; white-space: nowrap; }
+th { background: var(--soft); white-space: normal; }
 td.text { min-width: 16rem; white-space: pre-wrap; }
+:is(th, td:not(.text)):first-child { position: sticky; left: 0; background: var(--soft); }
+@media (max-width: 40rem) { td:first-child { max-width: 8rem; white-space: normal; } }
 pre { background: var(--soft); padding: 0.8rem; overflow-x: auto; font-size: 0.8rem; }
 figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; background: #ffffff; border-radius: 0.3rem; }
