@@ -133,6 +133,7 @@ def _on_each_device(compute: Callable[..., Any], given: Any, made: Any) -> Calla
 
 
 def _attend(given: Inputs, cap: float, interpret: bool) -> tuple[Array, Array]:
+    rows, heads, length, _ = given.q.shape
     cut = _Cut(given, queries_first=True)
     per_query = pltpu.VMEM((cut.heads, cut.queries, LANES), jnp.float32)
     out, log_total = _call(
@@ -144,7 +145,7 @@ def _attend(given: Inputs, cap: float, interpret: bool) -> tuple[Array, Array]:
             (given.values, cut.of_keys),
             (given.mask.astype(jnp.int8), cut.of_mask),
         ],
-        [(given.q.shape, cut.of_queries), (_numbers(given.q), cut.of_numbers)],
+        [(given.q.shape, cut.of_queries), ((rows, heads, 1, length), cut.of_numbers)],
         [per_query, per_query],
         products=2,
         interpret=interpret,
@@ -182,12 +183,6 @@ def _gradients(
     wanted = [((given.q.shape[0], *given.keys.shape[1:]), cut.of_own_keys)] * 2
     d_keys, d_values = run(_keys_kernel, cut, mask.swapaxes(1, 2), wanted, [], 4)
     return d_q, d_keys, d_values
-
-
-def _numbers(q: Array) -> tuple[int, ...]:
-    """The shape of a number for each query and head; a vector of them lies along the lanes."""
-    rows, heads, length, _ = q.shape
-    return (rows, heads, 1, length)
 
 
 class _Cut:
