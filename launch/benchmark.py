@@ -2,7 +2,7 @@
 
 python -m launch.benchmark packing [--data=DIR] [--json]
 python -m launch.benchmark train train_esci raw_step [--data=DIR] [--json]
-python -m launch.benchmark startup [--json]
+python -m launch.benchmark memory startup [--json]
 python -m launch.benchmark growth [--figure=growth.svg] [--json]
 python -m launch.benchmark decode decode_free decode_plain icl icl_onepass [--data=DIR] [--json]
 python -m launch.benchmark merge [--json]

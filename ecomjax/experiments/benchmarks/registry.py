@@ -10,12 +10,14 @@ from ecomjax.errors import UserError
 from ecomjax.experiments.benchmarks.decoding import decode, decode_free, decode_plain
 from ecomjax.experiments.benchmarks.growth import growth
 from ecomjax.experiments.benchmarks.label_scoring import icl, icl_onepass
+from ecomjax.experiments.benchmarks.memory import memory
 from ecomjax.experiments.benchmarks.merging import METHODS_7B, MergeResult, merge_7b
 from ecomjax.experiments.benchmarks.packing import packing
 from ecomjax.experiments.benchmarks.refactoring import refactoring
 from ecomjax.experiments.benchmarks.result import Result
 from ecomjax.experiments.benchmarks.startup import startup
 from ecomjax.experiments.benchmarks.training import raw_step, train, train_esci
+from ecomjax.experiments.sections import ModelConfig
 
 
 class Given(NamedTuple):
@@ -37,6 +39,7 @@ BENCHMARKS: dict[str, Callable[[Given], Iterable[Result | MergeResult]]] = {
     "train": lambda given: [train(given.data)],
     "train_esci": lambda given: [train_esci(given.data)],
     "raw_step": lambda _: [raw_step()],
+    "memory": lambda _: memory(ModelConfig()),
     "startup": lambda _: startup(),
     "growth": lambda given: growth(given.figure),
     "decode": lambda given: [decode(given.data)],

@@ -109,13 +109,18 @@ def train_esci(data: str) -> Result:
 def raw_step() -> Result:
     """Seconds a token of dense rows of random tokens with a loss on each: no help from packing."""
     base = load_base(ModelConfig())
+    return beside_peer(base, raw_work(base))
+
+
+def raw_work(base: Base) -> Work:
+    """Dense rows of random tokens."""
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, base.config.vocab_size, (RAW_BATCH, RAW_LENGTH)).tolist()
     # The first token is the prompt: nothing predicts it.
     rows = EncodedSet.of(Encoded(str(i), tuple(row), 1) for i, row in enumerate(drawn))
     count = RAW_BATCH * RAW_LENGTH
     layout = ("pad", [RAW_LENGTH], [RAW_BATCH])
-    return beside_peer(base, Work("raw_step", "seconds a token", count, rows, *layout, 1.0))
+    return Work("raw_step", "seconds a token", count, rows, *layout, 1.0)
 
 
 def _examples(base: Base, name: str, task: str, data: str, target: float) -> Work:
@@ -139,12 +144,12 @@ def beside_peer(base: Base, work: Work) -> Result:
         base.params, base.axes, make_rules(AdapterConfig()), jax.random.key(0), base.mesh
     )
     start = jax.device_get(adapter)  # Training takes over the arrays.
-    run_ours, slots = _ours(base, work, params, adapter)
+    run_ours, slots = our_step(base, work, params, adapter)
     ours = run_ours(), run_ours()
     steps: dict[int, Callable[[], float]] = {}
     tried: dict[int, float] = {}
     for batch in work.peer_batches:
-        steps[batch] = _peer(base, work, start, batch)
+        steps[batch] = peer_step(base, work, start, batch)
         first, (second, tried[batch]) = steps[batch](), timed(steps[batch])
         say(
             f"{work.name}: loss {ours[0]:.5f}, then {ours[1]:.5f}; the peer's in batches of "
@@ -175,7 +180,7 @@ def beside_peer(base: Base, work: Work) -> Result:
     )
 
 
-def _ours(base: Base, work: Work, params: Params, adapter: Adapter) -> tuple[Run, float]:
+def our_step(base: Base, work: Work, params: Params, adapter: Adapter) -> tuple[Run, float]:
     """An optimizer step that returns its loss, and the slots it computes for an example."""
     sequences, count = work.sequences, len(work.sequences)
     plans = [
@@ -206,7 +211,7 @@ def _ours(base: Base, work: Work, params: Params, adapter: Adapter) -> tuple[Run
     return run, plan.rows * plan.row_length / count
 
 
-def _peer(base: Base, work: Work, adapter: Adapter, batch: int) -> Run:
+def peer_step(base: Base, work: Work, adapter: Adapter, batch: int) -> Run:
     """The same of transformers and PEFT: what their Trainer does in a step, and no more.
 
     Examples are sorted by length, which is how the Trainer groups so many, and padded.

@@ -36,7 +36,7 @@ def test_both_train_alike(name, capsys):
 
 def test_another_optimizer_is_a_defect(monkeypatch):
     """The first loss is that of the same weights; the second follows an update."""
-    run = training._ours
+    run = training.our_step
 
     def slower(base, work, params, adapter):
         monkeypatch.setattr(training, "OPTIMIZER", training.OptimizerConfig(learning_rate=1e-7))
@@ -44,6 +44,6 @@ def test_another_optimizer_is_a_defect(monkeypatch):
         monkeypatch.setattr(training, "OPTIMIZER", training.OptimizerConfig(learning_rate=0.1))
         return made
 
-    monkeypatch.setattr(training, "_ours", slower)
+    monkeypatch.setattr(training, "our_step", slower)
     with pytest.raises(UserError, match="losses differ by"):
         list(registry.run(["raw_step"], registry.Given("synthetic")))
