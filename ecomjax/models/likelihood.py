@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -67,6 +68,7 @@ def likelihood_of_hidden(
     batch: Batch,
     adapter_index: Int[Array, "B"] | None = None,
     chunk: int | None = None,
+    frozen_head: bool = False,
 ) -> Float[Array, "B T"]:
     """`token_log_likelihood` from the hidden states on.
 
@@ -78,6 +80,8 @@ def likelihood_of_hidden(
         hidden: what the model returns.
         chunk: slots of a row that the head is applied to at once, if fewer than usual: so many
             as no row has more targets than.
+        frozen_head: whether nothing is trained that makes logits of hidden states. The gradient
+            by these is then found beside the values, instead of all logits twice.
     """
     apply: Any = model.apply
     rows, slots = batch.targets.shape
@@ -92,20 +96,55 @@ def likelihood_of_hidden(
         x = jnp.take_along_axis(x, index, axis=1)
         return x.reshape(rows, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    @jax.checkpoint
+    read = jax.lax.stop_gradient(variables) if frozen_head else variables
+
+    def of_targets(states, targets, wanted):
+        logits = apply(read, states, adapter_index, method="logits")
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jnp.where(wanted, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
+
+    of_all = _with_slopes(of_targets) if frozen_head else jax.checkpoint(_if_any(of_targets))
+
     def of_chunk(_, chunked):
-        states, targets, wanted = chunked
-
-        def compute():
-            logits = apply(variables, states, adapter_index, method="logits")
-            picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-            return jnp.where(wanted, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
-
-        nothing = jnp.zeros(targets.shape, jnp.float32)
-        return None, jax.lax.cond(any_of_all(wanted.any()), compute, lambda: nothing)
+        return None, of_all(*chunked)
 
     chunks = (gather(hidden), gather(batch.targets), gather(batch.weights) > 0)
     _, values = jax.lax.scan(of_chunk, None, chunks)
     values = values.swapaxes(0, 1).reshape(rows, -1)
     back = jnp.argsort(order, axis=1, stable=True)
     return jnp.take_along_axis(values, back, axis=1)[:, :slots]
+
+
+OfTargets = Callable[[Array, Array, Array], Array]
+"""(states [B, C, D], targets [B, C], which of these are wanted) -> [B, C], each of its own state
+alone, and 0 where it is not wanted."""
+
+
+def _if_any(of_targets: OfTargets) -> OfTargets:
+    """The same, computed only where something is wanted."""
+
+    def compute(states, targets, wanted):
+        nothing = jnp.zeros(targets.shape, jnp.float32)
+        some = any_of_all(wanted.any())
+        return jax.lax.cond(some, lambda: of_targets(states, targets, wanted), lambda: nothing)
+
+    return compute
+
+
+def _with_slopes(of_targets: OfTargets) -> OfTargets:
+    """`_if_any`, whose gradient by the states is found with the values and kept, as [B, C, D]."""
+
+    def forward(states, targets, wanted):
+        def compute():
+            values, back = jax.vjp(lambda x: of_targets(x, targets, wanted), states)
+            return values, *back(jnp.ones_like(values))
+
+        nothing = jnp.zeros(targets.shape, jnp.float32), jnp.zeros_like(states)
+        return jax.lax.cond(any_of_all(wanted.any()), compute, lambda: nothing)
+
+    def backward(slopes, by_value):
+        return by_value[..., None].astype(slopes.dtype) * slopes, None, None
+
+    computed = jax.custom_vjp(_if_any(of_targets))
+    computed.defvjp(forward, backward)
+    return computed

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ecomjax import trees
 from ecomjax.adapters import lora
 from ecomjax.models.likelihood import likelihood_of_hidden
 from ecomjax.typing import Adapter, Batch, LabelledBatch, PairBatch, Params
@@ -62,7 +63,9 @@ def causal_lm(model: Any, groups: int = 0, variables_of: VariablesOf = adapted):
         variables = variables_of(trained, frozen)
         slots = (batch.tokens, batch.positions, batch.segment_ids)
         hidden, balance = model.apply(variables, *slots, rngs=_rngs(key), method="with_balance")
-        likelihood = likelihood_of_hidden(model, variables, hidden, batch)
+        likelihood = likelihood_of_hidden(
+            model, variables, hidden, batch, frozen_head=_head_is_frozen(trained, variables_of)
+        )
         total, weight, aux = _weighed(likelihood, batch, groups)
         if key is not None and balance is not None:
             mean = balance.sum / jnp.maximum(balance.weight, 1.0)
@@ -89,7 +92,9 @@ def pairs(model: Any, groups: int = 0, variables_of: VariablesOf = adapted):
         memory = model.apply(variables, *read, rngs=rngs, method="remember")
         slots = (batch.tokens, batch.positions, batch.segment_ids)
         hidden, _ = model.apply(variables, *slots, None, memory, rngs=rngs)
-        likelihood = likelihood_of_hidden(model, variables, hidden, batch)
+        likelihood = likelihood_of_hidden(
+            model, variables, hidden, batch, frozen_head=_head_is_frozen(trained, variables_of)
+        )
         return _weighed(likelihood, batch, groups)
 
     return loss
@@ -115,6 +120,11 @@ def classes(model: Any, groups: int = 0, variables_of: VariablesOf = whole):
         return _weighed(picked - jax.nn.logsumexp(logits, axis=-1), batch, groups)
 
     return loss
+
+
+def _head_is_frozen(trained: Any, variables_of: VariablesOf) -> bool:
+    """Whether what is trained is an adapter of layers alone."""
+    return variables_of is adapted and all("layers/" in path for path in trees.flatten(trained))
 
 
 def _rngs(key: jax.Array | None) -> dict[str, jax.Array] | None:

@@ -91,3 +91,32 @@ def test_logits_of_all_slots_never_stand_together(make_llama, batch, monkeypatch
         sizes[chunk] = largest(program.jaxpr)
     assert sizes[14] == B * 14 * 499
     assert sizes[2] < B * 14 * 499
+
+
+def products(jaxpr):
+    """Matrix products of a program that make logits, inner programs included."""
+    own = sum(
+        e.primitive.name == "dot_general" and V in e.outvars[0].aval.shape for e in jaxpr.eqns
+    )
+    inner = (j for eqn in jaxpr.eqns for j in jax.extend.core.jaxprs_in_params(eqn.params))
+    return own + sum(map(products, inner))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_under_a_frozen_head_logits_are_computed_once(make_llama, batch, tied):
+    """And the gradient by hidden states is that of the formula, whatever values weigh."""
+    tiny = make_llama(layers=1, tied_embeddings=tied)
+    hidden = jnp.asarray(RNG.standard_normal((B, T, 24), np.float32))
+    variables, direction = {"params": tiny.params}, jnp.asarray(RNG.standard_normal((B, T)))
+
+    def total(hidden, frozen_head):
+        found = likelihood.likelihood_of_hidden(
+            tiny.model, variables, hidden, batch, frozen_head=frozen_head
+        )
+        return (found * direction.astype(jnp.float32)).sum()
+
+    gradient = jax.jit(jax.value_and_grad(total), static_argnums=1)
+    for ours, exact in zip(gradient(hidden, True), gradient(hidden, False), strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-6)
+    counts = [products(jax.make_jaxpr(gradient, 1)(hidden, own).jaxpr) for own in (True, False)]
+    assert counts == [1, 2]
