@@ -10,6 +10,8 @@ The experiments hold the study's own sections `model` and `data`, so that an ove
 `--config.data.source=local` reaches all of them.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import common, finetune, icl, models
@@ -83,10 +85,12 @@ def get_config(arg: str = "") -> ConfigDict:
         }
         | GRIDS[arg]
     )
-    tuned = {task: finetune.get_config(task + option) for task in tasks}
-    asked = {task: icl.get_config(task + option) for task in tasks}
+    # Their sections are known by name alone.
+    mixed: Any
+    tuned: dict[str, Any] = {task: finetune.get_config(task + option) for task in tasks}
+    asked: dict[str, Any] = {task: icl.get_config(task + option) for task in tasks}
     mixed = finetune.get_config("+".join(tasks) + option)
-    encoders = {
+    encoders: dict[str, Any] = {
         task: finetune.get_config(f"{task},{CONVENTIONAL[task]}{option}")
         for task in tasks
         if task in CONVENTIONAL
