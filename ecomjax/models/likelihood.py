@@ -96,17 +96,17 @@ def likelihood_of_hidden(
         x = jnp.take_along_axis(x, index, axis=1)
         return x.reshape(rows, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    read = jax.lax.stop_gradient(variables) if frozen_head else variables
+    read = variables, adapter_index
 
-    def of_targets(states, targets, wanted):
-        logits = apply(read, states, adapter_index, method="logits")
+    def of_targets(read, states, targets, wanted):
+        logits = apply(read[0], states, read[1], method="logits")
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jnp.where(wanted, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
     of_all = _with_slopes(of_targets) if frozen_head else jax.checkpoint(_if_any(of_targets))
 
     def of_chunk(_, chunked):
-        return None, of_all(*chunked)
+        return None, of_all(read, *chunked)
 
     chunks = (gather(hidden), gather(batch.targets), gather(batch.weights) > 0)
     _, values = jax.lax.scan(of_chunk, None, chunks)
@@ -115,35 +115,39 @@ def likelihood_of_hidden(
     return jnp.take_along_axis(values, back, axis=1)[:, :slots]
 
 
-OfTargets = Callable[[Array, Array, Array], Array]
-"""(states [B, C, D], targets [B, C], which of these are wanted) -> [B, C], each of its own state
-alone, and 0 where it is not wanted."""
+OfTargets = Callable[[Any, Array, Array, Array], Array]
+"""(what the head reads, states [B, C, D], targets [B, C], which of these are wanted) -> [B, C],
+each of its own state alone, and 0 where it is not wanted."""
 
 
 def _if_any(of_targets: OfTargets) -> OfTargets:
     """The same, computed only where something is wanted."""
 
-    def compute(states, targets, wanted):
+    def compute(read, states, targets, wanted):
+        given = read, states, targets, wanted
         nothing = jnp.zeros(targets.shape, jnp.float32)
         some = any_of_all(wanted.any())
-        return jax.lax.cond(some, lambda: of_targets(states, targets, wanted), lambda: nothing)
+        return jax.lax.cond(some, lambda: of_targets(*given), lambda: nothing)
 
     return compute
 
 
 def _with_slopes(of_targets: OfTargets) -> OfTargets:
-    """`_if_any`, whose gradient by the states is found with the values and kept, as [B, C, D]."""
+    """`_if_any`, whose gradient by the states is found with the values and kept, as [B, C, D].
 
-    def forward(states, targets, wanted):
+    What the head reads has no gradient.
+    """
+
+    def forward(read, states, targets, wanted):
         def compute():
-            values, back = jax.vjp(lambda x: of_targets(x, targets, wanted), states)
+            values, back = jax.vjp(lambda x: of_targets(read, x, targets, wanted), states)
             return values, *back(jnp.ones_like(values))
 
         nothing = jnp.zeros(targets.shape, jnp.float32), jnp.zeros_like(states)
         return jax.lax.cond(any_of_all(wanted.any()), compute, lambda: nothing)
 
     def backward(slopes, by_value):
-        return by_value[..., None].astype(slopes.dtype) * slopes, None, None
+        return None, by_value[..., None].astype(slopes.dtype) * slopes, None, None
 
     computed = jax.custom_vjp(_if_any(of_targets))
     computed.defvjp(forward, backward)
