@@ -29,14 +29,14 @@ def call(main, *arguments, status):
     return done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("main", ["train", "evaluate", "merge", "study"])
+@pytest.mark.parametrize("main", ["train", "evaluate", "merge", "study", "recipe"])
 def test_help_shows_the_flags(main):
     out, _ = call(main, "--help", status=0)
     assert f"python -m launch.{main}" in out
     assert "--config" in out and "--workdir" in out
 
 
-@pytest.mark.parametrize("main", ["train", "evaluate", "merge", "study", "plan"])
+@pytest.mark.parametrize("main", ["train", "evaluate", "merge", "study", "plan", "recipe"])
 def test_help_is_fast_because_jax_is_not_imported(main):
     code = (
         f"import sys, launch.{main}; print(sorted({{'jax', 'flax', 'orbax'}} & set(sys.modules)))"
@@ -74,6 +74,8 @@ def test_help_is_fast_because_jax_is_not_imported(main):
         ("train", [FINETUNE, "--workdir=w", "--config.adapter.rank=big"], "config.adapter.rank"),
         ("train", [FINETUNE, "--workdir=w", "--config.adapter.rank.x=1"], "adapter.rank.x"),
         ("study", [FINETUNE, "--workdir=w"], "configs/study.py"),
+        ("recipe", ["--config=configs/icl.py:esci", "--workdir=w"], "configs/finetune.py"),
+        ("recipe", [FINETUNE, "--workdir=w", "--seeds=0,x"], "bad seeds '0,x': --seeds"),
         ("merge", [FINETUNE, "--workdir=w"], "configs/merged.py"),
         ("merge", ["--config=configs/merged.py:x", "--workdir=w"], "configs/merged.py:llama2_7b"),
         ("merge", [MERGED, "--workdir=w"], "no adapters: config.adapters"),

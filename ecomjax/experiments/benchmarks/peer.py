@@ -31,11 +31,19 @@ def imported(package: str) -> Any:
         ) from error
 
 
-def load_peer(base: Base) -> Any:
-    """The model of transformers with the weights of a base, in float32 and for inference."""
+def load_peer(base: Base, kind: str = "CausalLM", **changes: Any) -> Any:
+    """The model of transformers with the weights of a base, in float32 and for inference.
+
+    Args:
+        base: the model.
+        kind: of the peer, as its class is called; a head that the base lacks is drawn.
+        changes: fields of its config.
+    """
     imported("torch")
     transformers = imported("transformers")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         save_pretrained(folder, base.config, base.params, base.tokenizer)
-        return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        return (
+            getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder, **changes).eval()
+        )
