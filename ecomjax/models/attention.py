@@ -117,14 +117,13 @@ def _attend_grouped(
 
 
 def _forward(q, parts, bias, cap):
-    found = [
-        _attend_part(q, part, mask, own, cap)
-        for (part, mask), own in zip(parts, _biases(parts, bias), strict=True)
-    ]
-    out, log_total = found[0]
-    if len(found) > 1:
-        log_total = jax.nn.logsumexp(jnp.stack([log for _, log in found]), axis=0)
-        out = jnp.stack([own * jnp.exp(log - log_total) for own, log in found]).sum(axis=0)
+    jointly = partial(_attend_jointly, bias=bias, cap=cap)
+    by_kernel = [bias is None and _has_kernel(q, *part) for part in parts]
+    if any(by_kernel):
+        by_part = partial(_attend_by_part, by_kernel=by_kernel, cap=cap)
+        out, log_total = jax.lax.platform_dependent(q, parts, tpu=by_part, default=jointly)
+    else:
+        out, log_total = jointly(q, parts)
     out, log_total = kept(out.astype(q.dtype)), kept(log_total)
     return out, (q, parts, bias, out, log_total)
 
@@ -134,29 +133,45 @@ def _biases(parts, bias):
     return [*[None] * (len(parts) - 1), bias]
 
 
-def _attend_part(q, part, mask, bias, cap):
-    """Output for the slots of a part alone, and the log of its softmax's sum, in float32."""
+def _attend_jointly(q, parts, bias, cap):
+    """Output, and the log of what the softmax over all parts divides by, in float32."""
+    scores = [
+        _scores(q, part.keys, mask, own, cap)
+        for (part, mask), own in zip(parts, _biases(parts, bias), strict=True)
+    ]
+    top = jnp.stack([s.max(axis=-1) for s in scores]).max(axis=0)[..., None]
+    weights = [jnp.exp(s - top) for s in scores]
+    total = jnp.stack([w.sum(axis=-1) for w in weights]).sum(axis=0)[..., None]
+    summed = [
+        _product("BKTS,BKSH->BKTH", w.astype(q.dtype), part.values)
+        for w, (part, _) in zip(weights, parts, strict=True)
+    ]
+    return jnp.stack(summed).sum(axis=0) / total, top + jnp.log(total)
 
-    def formula(q, part, mask):
-        scores = _scores(q, part.keys, mask, bias, cap)
-        top = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        total = weights.sum(axis=-1, keepdims=True)
-        summed = _product("BKTS,BKSH->BKTH", weights.astype(q.dtype), part.values)
-        return summed / total, top + jnp.log(total)
 
-    def kernel(q, part, mask):
+def _attend_by_part(q, parts, by_kernel, cap):
+    """`_attend_jointly`, of a softmax over each part, by a kernel where there is one."""
+    found = []
+    for (part, mask), has_kernel in zip(parts, by_kernel, strict=True):
+        if not has_kernel:
+            found.append(_attend_jointly(q, [(part, mask)], None, cap))
+            continue
         out, log_total = flash.attend(_by_heads(q, part, mask), cap=cap)
-        return out.reshape(q.shape), log_total.reshape(*q.shape[:3], 1)
+        found.append((out.reshape(q.shape), log_total.reshape(*q.shape[:3], 1)))
+    log_total = jax.nn.logsumexp(jnp.stack([log for _, log in found]), axis=0)
+    out = jnp.stack([own * jnp.exp(log - log_total) for own, log in found]).sum(axis=0)
+    return out, log_total
 
-    return _computed(kernel, formula, q, part, mask, bias)
+
+def _has_kernel(q, part, mask):
+    by_heads = _by_heads(q, part, mask)
+    return flash.fits(by_heads.q.shape, by_heads.keys.shape)
 
 
 def _computed(kernel, formula, q, part, mask, bias, *more):
     """What both return for (q, part, mask, *more), by the kernel where there is one."""
-    by_heads = _by_heads(q, part, mask)
     given = (q, part, mask, *more)
-    if bias is not None or not flash.fits(by_heads.q.shape, by_heads.keys.shape):
+    if bias is not None or not _has_kernel(q, part, mask):
         return formula(*given)
     return jax.lax.platform_dependent(*given, tpu=kernel, default=formula)
 
