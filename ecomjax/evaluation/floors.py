@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from ecomjax.tasks.base import Example, Task
 
 Floor = Callable[[Task, Sequence[Example], Sequence[Example]], list[Any]]
 
-FIELD_WORDS = 3
-"""Of the name of a field at most; what stands before a colon else is part of a sentence."""
+FIELD_SHARE = 0.5
+"""Of the training texts, more than which a name opens a line of if it is that of a field."""
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s")
 
@@ -50,18 +51,20 @@ def word_tags(
 def bag_of_words(task: Task, train: Sequence[Example], examples: Sequence[Example]) -> list[str]:
     """Logistic regression on the words of the input, by field.
 
-    The text is what the task shows a model; where a line is a field, a word counts apart in
-    it (`Query: red` is not `Color: red`). Weights are tf-idf, classes are balanced. Where
-    training has one class, or no word, there is nothing to learn but the majority.
+    The text is what the task shows a model; where a line is a field, as most texts have it, a
+    word counts apart in it (`Query: red` is not `Color: red`). Weights are tf-idf, classes are
+    balanced. Where training has one class, or no word, there is nothing to learn but the majority.
     """
     shown = [task.user(example) for example in train]
-    if len({example.target for example in train}) == 1 or not any(map(_field_words, shown)):
+    opened = Counter(name for text in shown for name in {name for name, _ in _lines(text)})
+    fields = {name for name, count in opened.items() if count > FIELD_SHARE * len(shown)}
+    analyzer: Any = partial(_field_words, fields)  # scikit-learn's annotation has no callables
+    if len({example.target for example in train}) == 1 or not any(map(analyzer, shown)):
         return majority(task, train, examples)
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    analyzer: Any = _field_words  # its annotation in scikit-learn leaves out callables
     model = make_pipeline(
         TfidfVectorizer(analyzer=analyzer, sublinear_tf=True),
         LogisticRegression(max_iter=1000, class_weight="balanced"),
@@ -128,12 +131,16 @@ def _most_frequent(values: Iterable[str]) -> str:
     return min(counts, key=lambda value: (-counts[value], value))
 
 
-def _field_words(text: str) -> list[str]:
+def _lines(text: str) -> list[tuple[str, str]]:
+    """Each line in lower case: what stands before its first colon, and what behind."""
+    split = (line.partition(":") for line in text.lower().split("\n"))
+    return [(name, content) if colon else ("", name) for name, colon, content in split]
+
+
+def _field_words(fields: Collection[str], text: str) -> list[str]:
     """Words of a text, each with the field whose line it is in, as `Field: words`, if any."""
     words = []
-    for line in text.lower().split("\n"):
-        field, colon, content = line.partition(":")
-        if not colon or len(field.split()) > FIELD_WORDS:
-            field, content = "", line
+    for name, content in _lines(text):
+        field, content = (name, content) if name in fields else ("", f"{name} {content}")
         words.extend(f"{field}:{word}" for word in re.findall(r"\w+", content))
     return words

@@ -48,7 +48,7 @@ def test_bag_of_words_reads_lines_that_are_no_fields():
     def row(text, label=None):
         return Example(text, {"instruction": "Is it good?", "input": text}, label)
 
-    good, bad = "I can say only this: a lovely {}", "awful {} and nothing more: never again"
+    good, bad = "verdict: a lovely {}", "awful {} and nothing more: never again"
     train = [
         row(text.format(i), label) for text, label in ((good, "yes"), (bad, "no")) for i in "ab"
     ]
