@@ -14,12 +14,12 @@ from jaxtyping import Float
 from ecomjax.decoding import prefix as prefixes
 from ecomjax.decoding.batches import adapters_of, count_adapters, rows_of
 from ecomjax.errors import UserError
-from ecomjax.models.likelihood import token_log_likelihood
+from ecomjax.models.likelihood import HEAD_CHUNK, token_log_likelihood
 from ecomjax.sharding import constrain, row_parts
 from ecomjax.typing import BRANCHES, Batch, KVCache
 
 ROW = 256
-"""Slots of a row at least, which it fills with several short prompts."""
+"""Slots of a row that several short prompts fill; of one prompt it has what that needs."""
 TARGETS = 16
 """The head is applied to a multiple of so many slots of a row, so that few shapes are compiled."""
 
@@ -28,7 +28,7 @@ TARGETS = 16
 def score_rows(
     model: nn.Module, targets: int, variables: Any, start: KVCache, batch: Batch, adapter: Any
 ) -> Float[jax.Array, "B T"]:
-    """Log-likelihood of each target, of which no row has more than `targets`."""
+    """Log-likelihood of each target; the head is applied to so many slots of a row at once."""
     seen = prefixes.of_rows(start, adapter)
     likelihood = token_log_likelihood(
         model, variables, batch, seen, adapter_index=adapter, chunk=targets
@@ -91,8 +91,8 @@ def label_log_likelihoods(
     for rows, slots in in_rows(used, own, batch_size):
         batch = _write(rows, slots, tails, labels, offset)
         adapter = adapters_of([row[0] if row else 0 for row in rows], adapters)
-        targets = max(1, int((batch.weights > 0).sum(axis=1).max()))
-        targets += -targets % TARGETS
+        targets = int((batch.weights > 0).sum(axis=1).max())
+        targets = min(targets + -targets % TARGETS, HEAD_CHUNK)
         found = jax.device_get(score_rows(model, targets, variables, start, batch, adapter))
         row, slot = np.nonzero(batch.weights)
         stem, label = np.divmod(batch.segment_ids[row, slot], BRANCHES)
@@ -117,13 +117,17 @@ def in_rows(
         batch_size: rows of a batch.
     """
     left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    most, parts = rows_of(len(lengths), batch_size), row_parts()
     while left:
-        most = rows_of(len(left), batch_size)
-        slots = max(ROW, prefixes.bucketed(lengths[left[0]]))
+        together = min(ROW, sum(lengths[i] for i in left))
+        slots = prefixes.bucketed(max(lengths[left[0]], together))
         rows: list[list[int]] = []
         room: list[int] = []
-        later = []
-        for i in left:
+        later: list[int] = []
+        for place, i in enumerate(left):
+            if len(rows) == most and max(room) < lengths[left[-1]]:
+                later += left[place:]
+                break
             row = next(
                 (
                     number
@@ -140,10 +144,10 @@ def in_rows(
                 room.append(slots)
             rows[row].append(i)
             room[row] -= lengths[i]
-        parts = row_parts()
-        while (most > parts) and (half := -(-most // (2 * parts)) * parts) >= len(rows):
-            most = half
-        yield rows + [[]] * (most - len(rows)), slots
+        count = most
+        while (count > parts) and (half := -(-count // (2 * parts)) * parts) >= len(rows):
+            count = half
+        yield rows + [[]] * (count - len(rows)), slots
         left = later
 
 

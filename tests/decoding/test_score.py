@@ -1,8 +1,10 @@
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import numpy as np
 import pytest
 
+from ecomjax import sharding
 from ecomjax.decoding.score import ROW, in_rows, label_log_likelihoods
 from ecomjax.errors import UserError
 from ecomjax.models.llama import Llama
@@ -86,6 +88,22 @@ def test_rows_hold_every_prompt_once_and_none_too_many(prompts, batch_size):
         assert sum(map(bool, held)) <= 2 * sum(lengths) / ROW + 1
 
 
+def test_rows_are_of_few_shapes_and_no_longer_than_prompts_need():
+    assert list(in_rows([20], [0], 8)) == [([[0]], 32)]
+    assert list(in_rows([20, 9], [0, 0], 8)) == [([[0, 1]], 32)]
+    assert list(in_rows([20, 9], [0, 1], 8)) == [([[0], [1]], 32)]
+    shapes = {(len(rows), slots) for rows, slots in in_rows([100] * 71, [0] * 71, 8)}
+    assert shapes == {(8, ROW), (4, ROW)}
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_rows_divide_over_a_mesh(parts):
+    with sharding.use(sharding.make_mesh(data=parts, devices=jax.devices()[:parts])):
+        for count in (1, 3, 17):
+            for rows, _ in in_rows([200] * count, [0] * count, 6):
+                assert len(rows) % parts == 0
+
+
 class Watched(Llama):
     """Counts how often it is traced."""
 
@@ -105,6 +123,20 @@ def test_nothing_is_compiled_anew_for_other_lengths_of_a_bucket(tiny):
 
     assert run([[1, 2, 3], [1, 2, 4, 5, 6], [1, 2, 3, 4]]) > 0
     assert run([[1, 2], [1, 3, 4], [1, 5, 6, 7, 8, 9, 10]]) == 0
+
+
+def test_one_program_for_any_number_of_targets_beyond_a_chunk_of_the_head(tiny):
+    """Whether 72 or 73 labels of two tokens follow a prompt."""
+
+    def run(labels):
+        before, model = Watched.traced, Watched(tiny.config)
+        options = {"batch_size": 2, "window": 64}
+        given = [[1, 2]], [[label % 61, END] for label in range(labels)]
+        label_log_likelihoods(model, {"params": tiny.params}, *given, **options)
+        return Watched.traced - before
+
+    assert run(72) > 0
+    assert run(73) == 0
 
 
 def test_refusals(tiny):
