@@ -77,8 +77,9 @@ def steps(model: ModelConfig, side: Literal["ours", "peer"]) -> tuple[float, flo
     else:
         run = peer_step(base, work, jax.device_get(adapter), work.peer_batches[0])
     run()
-    # What either side needs it holds itself by now.
+    # What either side needs it holds itself by now; the peer needs no weights of ours.
     del base, work, params, adapter
+    load_base.cache_clear()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     FORGET.write_text("5")

@@ -1,5 +1,6 @@
 """On a model so small that its memory means nothing."""
 
+import jax
 import pytest
 
 from ecomjax.errors import UserError
@@ -14,7 +15,22 @@ def test_what_a_process_held_at_most_in_its_steps(make_config, loose_promotion, 
     monkeypatch.setattr(memory, "_in_a_process", memory.steps)
     for name, small in (("RAW_BATCH", 2), ("RAW_LENGTH", 12)):
         monkeypatch.setattr(training, name, small)
+    held, forget = [], memory.FORGET
+
+    class Watched:
+        """In the place of the file that a process tells to forget what it held at most."""
+
+        def exists(self):
+            return True
+
+        def write_text(self, text):
+            held.append(sum(x.size for x in jax.live_arrays()))
+            return forget.write_text(text)
+
+    monkeypatch.setattr(memory, "FORGET", Watched())
+    before = sum(x.size for x in jax.live_arrays())
     found = list(memory.memory(model))
+    assert held[0] <= before < held[1], "the peer is measured without our weights"
     assert [result.name for result in found] == ["memory", "memory_remat"]
     assert all(50 < result.ours < 50_000 for result in found)
 
