@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ecomjax.models import flash
 from ecomjax.models.cache import StackedCache
 from ecomjax.models.layers import Linear, kept
-from ecomjax.models.rope import rotate
+from ecomjax.models.rope import Rotation, rotate
 from ecomjax.typing import BRANCHES, PADDING_SEGMENT, SHARED_SEGMENT, Int8Vectors
 
 
@@ -270,8 +270,8 @@ class View(NamedTuple):
     """What the slots of a layer see besides each other."""
 
     mask: Bool[Array, "B T S"]
-    rotation: tuple[Int[Array, "B T"], Float[Array, "half"]] | None = None
-    """Positions and inverse frequencies of the rotary embedding, where there is one."""
+    rotation: Rotation | None = None
+    """The rotary embedding of queries and keys, where there is one."""
     bias: Float[Array, "#B N T S"] | None = None
     prefix: tuple[KeyValues, Bool[Array, "B T P"]] | None = None
     """Slots that stand before all rows."""
@@ -326,7 +326,7 @@ class Attention(nn.Module):
         if self.normed is not None:
             q, k = self.normed("q_norm")(q), self.normed("k_norm")(k)
         if view.rotation is not None:
-            q, k = rotate(q, *view.rotation), rotate(k, *view.rotation)
+            q, k = rotate(q, view.rotation), rotate(k, view.rotation)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         own = KeyValues(k, v)
         if cache is not None:

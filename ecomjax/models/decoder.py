@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ecomjax.models.attention import KeyValues, View, make_mask, related
 from ecomjax.models.cache import StackedCache, empty_cache
 from ecomjax.models.moe import Balance, balance
+from ecomjax.models.rope import Rotation, rotations
 from ecomjax.models.stack import run
 from ecomjax.typing import PADDING_SEGMENT, KVCache
 
@@ -21,8 +23,8 @@ class OfLayer(NamedTuple):
 
     layer: Int[Array, ""]
     prefix: KeyValues | None = None
-    inverse: Float[Array, "half"] | None = None
-    """Inverse frequencies of the rotation."""
+    rotation: Int[Array, ""] | None = None
+    """Which of those that layers differ in."""
     window: Int[Array, ""] | None = None
     """How many positions a slot sees, its own included."""
 
@@ -40,6 +42,8 @@ class OfAll(NamedTuple):
     """Positions from key to query, where some layer has a window."""
     prefix_distance: Int[Array, "B T P"] | None = None
     bias: Float[Array, "#B N T S"] | None = None
+    rotations: Rotation | None = None
+    """Of all kinds, stacked along the first axis."""
 
 
 def view_of(own: OfLayer, shared: OfAll) -> View:
@@ -53,7 +57,7 @@ def view_of(own: OfLayer, shared: OfAll) -> View:
         prefix = (own.prefix, inside_window(shared.prefix_mask, shared.prefix_distance))
     return View(
         inside_window(shared.mask, shared.distance),
-        rotation=None if own.inverse is None else (shared.positions, own.inverse),
+        rotation=jax.tree.map(lambda kinds: kinds[own.rotation], shared.rotations),
         bias=shared.bias,
         prefix=prefix,
         layer=own.layer,
@@ -84,6 +88,9 @@ class Decoder(nn.Module):
     def of_layers(self) -> OfLayer:
         """What differs by layer; a family adds to it."""
         return OfLayer(jnp.arange(self.config.layers, dtype=jnp.int32))
+
+    def frequencies(self) -> Float[np.ndarray, "L half"] | None:
+        """By which the features of each layer are rotated, inverse; a family may have them."""
 
     def bias(
         self, positions: Int[Array, "B T"], key_positions: Int[Array, "B S"]
@@ -148,6 +155,10 @@ class Decoder(nn.Module):
             first_slot,
             bias=self.bias(positions, key_positions),
         )
+        if (inverse := self.frequencies()) is not None:
+            kinds, kind = np.unique(inverse, axis=0, return_inverse=True)
+            own = own._replace(rotation=jnp.asarray(kind.reshape(-1), jnp.int32))
+            shared = shared._replace(rotations=rotations(positions, kinds))
         if own.window is not None:
             shared = shared._replace(distance=_distance(positions, key_positions))
         if prefix is not None:

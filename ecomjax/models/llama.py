@@ -12,6 +12,7 @@ from functools import partial
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from ecomjax.models.attention import Attention
 from ecomjax.models.config import ModelConfig
@@ -146,7 +147,7 @@ class Llama(Decoder):
             x *= jnp.asarray(self.config.width**0.5, x.dtype)
         return x
 
-    def of_layers(self) -> OfLayer:
+    def frequencies(self) -> Float[np.ndarray, "L half"]:
         c = self.config
         inverse = np.stack(
             [inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)] * c.layers
@@ -154,7 +155,10 @@ class Llama(Decoder):
         if c.sliding_theta:
             inverse[list(c.sliding_layers)] = inverse_frequencies(c.head_dim, c.sliding_theta)
         inverse[list(c.unrotated_layers)] = 0.0
-        of_layers = super().of_layers()._replace(inverse=jnp.asarray(inverse))
+        return inverse
+
+    def of_layers(self) -> OfLayer:
+        c, of_layers = self.config, super().of_layers()
         if not c.sliding_layers:
             return of_layers
         window = np.full(c.layers, np.iinfo(np.int32).max, np.int32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,16 +44,28 @@ def inverse_frequencies(
     return ((1 - kept) * stretched + kept * inverse).astype(np.float32)
 
 
-def rotate(
-    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], inverse: Float[Array, "half"]
-) -> Float[Array, "B T N H"]:
-    """Rotates feature pairs (i, i + H/2) by position * inverse[i], in float32.
+class Rotation(NamedTuple):
+    """By which angle each pair of features is rotated in each slot, in float32."""
+
+    cos: Float[Array, "*kinds B T half"]
+    sin: Float[Array, "*kinds B T half"]
+
+
+def rotations(positions: Int[Array, "B T"], inverse: Float[np.ndarray, "kinds half"]) -> Rotation:
+    """By position * inverse[:, i]; frequencies of zero leave everything as it is.
+
+    To be made once for all layers: sines take a CPU longer than all that is multiplied by them.
+    """
+    angles = positions.astype(jnp.float32)[None, :, :, None] * inverse[:, None, None, :]
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
+    """Rotates feature pairs (i, i + H/2), in float32.
 
     Source: Su et al. 2021, arXiv 2104.09864, equation 34, with the pairs split in halves.
-    Frequencies of zero leave x as it is.
     """
-    angles = positions.astype(jnp.float32)[..., None] * inverse[None, None, :]
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+    cos, sin = by.cos[:, :, None, :], by.sin[:, :, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

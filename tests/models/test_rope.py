@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +15,13 @@ def normal(*shape):
 
 
 def rotate(x, positions, theta):
-    return rope.rotate(x, positions, jnp.asarray(inverse_frequencies(x.shape[-1], theta)))
+    return turned_by(x, positions, inverse_frequencies(x.shape[-1], theta))
+
+
+def turned_by(x, positions, inverse):
+    """The first of two kinds."""
+    made = rope.rotations(positions, np.stack([inverse, 2 * inverse]))
+    return rope.rotate(x, jax.tree.map(lambda kinds: kinds[0], made))
 
 
 def test_rotates_pairs_as_complex_numbers():
@@ -59,7 +66,7 @@ def test_angles_are_of_float32_whatever_the_input():
 def test_linear_scaling_is_a_position_divided():
     x, positions = normal(1, 1, 2, 8), jnp.full((1, 1), 12, jnp.int32)
     inverse = inverse_frequencies(8, THETA, RopeScaling("linear", 4.0))
-    scaled = rope.rotate(x, positions, jnp.asarray(inverse))
+    scaled = turned_by(x, positions, inverse)
     np.testing.assert_allclose(scaled, rotate(x, positions // 4, THETA), atol=1e-5)
 
 
@@ -77,5 +84,5 @@ def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
 
 def test_frequencies_of_zero_rotate_nothing():
     x = normal(1, 3, 2, 8)
-    still = rope.rotate(x, jnp.full((1, 3), 12, jnp.int32), jnp.zeros(4))
+    still = turned_by(x, jnp.full((1, 3), 12, jnp.int32), np.zeros(4, np.float32))
     np.testing.assert_array_equal(still, x)
