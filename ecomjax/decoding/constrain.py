@@ -38,6 +38,9 @@ from ecomjax.typing import PADDING_SEGMENT, KVCache
 FIRST_SLOTS = 32
 """Slots that answers are given at first."""
 
+FEWEST_ROWS = 4
+"""So few rows go on together to the last of them: fewer would hardly be faster."""
+
 NO_TOKEN = -1
 """Stands where a state has fewer choices than another."""
 
@@ -145,13 +148,23 @@ def _begin(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _go_on(
-    model: nn.Module, rounds: int, variables: Any, rows: Rows, tables: Tables, s: _Walk
-) -> tuple[_Walk, Int[Array, "B rounds"], Bool[Array, "B"], Float[Array, "B"]]:
-    """As many further decisions, or until all answers have ended.
+    model: nn.Module,
+    most: int,
+    variables: Any,
+    rows: Rows,
+    tables: Tables,
+    s: _Walk,
+    rounds: Int[Array, ""],
+    fewest: Int[Array, ""],
+) -> tuple[_Walk, Int[Array, ""], Int[Array, "B most"], Bool[Array, "B"], Float[Array, "B"]]:
+    """As many further decisions, or until no more than the fewest answers have not ended.
+
+    Args:
+        most: decisions that there may be; `rounds` is no larger, and the cache has room for them.
 
     Returns:
-        the walk; then, on every process, the states decided for, the rows whose answers have
-        not ended, and the log-probability of all decisions so far.
+        the walk; then, on every process, how many decisions there were, the states decided for,
+        the rows whose answers have not ended, and the log-probability of all decisions so far.
     """
 
     def live(s: _Walk) -> Bool[Array, "B"]:
@@ -159,7 +172,7 @@ def _go_on(
 
     def unfinished(carry: Any) -> Bool[Array, ""]:
         number, s, _ = carry
-        return live(s).any() & (number < rounds)
+        return (live(s).sum() > fewest) & (number < rounds)
 
     def step(carry: Any) -> Any:
         number, s, states = carry
@@ -169,12 +182,17 @@ def _go_on(
         walked = _Walk(state, s.appended + length, s.log_probability + gained, cache)
         return number + 1, walked, states
 
-    s = s.replace(cache=with_slots(s.cache, rounds * tables.chunks.shape[2]))
     # Rows whose answer ends stay where they are.
-    states = jnp.tile(s.state[:, None], (1, rounds))
-    _, s, states = jax.lax.while_loop(unfinished, step, (jnp.int32(0), s, states))
+    states = jnp.tile(s.state[:, None], (1, most))
+    number, s, states = jax.lax.while_loop(unfinished, step, (jnp.int32(0), s, states))
     told = constrain(live(s), (None,)), constrain(s.log_probability, (None,))
-    return s, constrain(states, (None, None)), *told
+    return s, number, constrain(states, (None, None)), *told
+
+
+@partial(jax.jit, static_argnums=1)
+def _with_room(s: _Walk, slots: int) -> _Walk:
+    """The walk, with so many more slots in its cache."""
+    return s.replace(cache=with_slots(s.cache, slots))
 
 
 @jax.jit
@@ -204,22 +222,36 @@ def _walk(
     """
     s, first = _begin(model, variables, rows, tables)
     width, count = tables.chunks.shape[2], tables.chunks.shape[0]
-    walked, rounds = [np.asarray(first)[:, None]], max(FIRST_SLOTS // width, 1)
+    walked = [np.asarray(first)[:, None]]
     places, log_probability = np.arange(count), np.zeros(count, np.float32)
+    most = left = max(FIRST_SLOTS // width, 1)
+    s = _with_room(s, most * width)
     while True:
-        s, *told = _go_on(model, rounds, variables, rows, tables, s)
-        states, live, log_probability[places] = jax.device_get(told)
+        fewest = _half(count)
+        limits = jnp.int32(left), jnp.int32(fewest)
+        s, *told = _go_on(model, most, variables, rows, tables, s, *limits)
+        number, states, live, log_probability[places] = jax.device_get(told)
         # Rows that have gone stay where they were.
-        walked.append(np.repeat(walked[-1][:, -1:], rounds, axis=1))
-        walked[-1][places] = states
+        walked.append(np.repeat(walked[-1][:, -1:], number, axis=1))
+        walked[-1][places] = states[:, :number]
         if not live.any():
             return np.concatenate(walked, axis=1), log_probability
-        half = len(places) // 2
-        if live.sum() <= half and half % row_parts() == 0:
-            kept = np.argsort(~live, kind="stable")[:half]
+        while live.sum() <= (half := _half(count)):
+            count = half
+        if count < len(places):
+            kept = np.argsort(~live, kind="stable")[:count]
             rows, tables, s = _rows_kept(rows, tables, s, jnp.asarray(kept, jnp.int32))
             places = places[kept]
-        rounds = sum(states.shape[1] for states in walked) - 1
+        left -= int(number)
+        if left == 0:
+            most = left = sum(states.shape[1] for states in walked) - 1
+            s = _with_room(s, most * width)
+
+
+def _half(rows: int) -> int:
+    """How many of so many rows go on by themselves once the others have ended; 0: all do."""
+    half = rows // 2
+    return half if half >= FEWEST_ROWS and half % row_parts() == 0 else 0
 
 
 def generate_constrained(

@@ -24,14 +24,19 @@ TARGETS = 16
 """The head is applied to a multiple of so many slots of a row, so that few shapes are compiled."""
 
 
+def chunk_of(targets: int) -> int:
+    """Slots of a row that the head is applied to at once, where no row has more targets."""
+    return min(targets + -targets % TARGETS, HEAD_CHUNK)
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def score_rows(
-    model: nn.Module, targets: int, variables: Any, start: KVCache, batch: Batch, adapter: Any
+    model: nn.Module, chunk: int, variables: Any, start: KVCache, batch: Batch, adapter: Any
 ) -> Float[jax.Array, "B T"]:
-    """Log-likelihood of each target; the head is applied to so many slots of a row at once."""
+    """Log-likelihood of each target; the head is applied to `chunk` slots of a row at once."""
     seen = prefixes.of_rows(start, adapter)
     likelihood = token_log_likelihood(
-        model, variables, batch, seen, adapter_index=adapter, chunk=targets
+        model, variables, batch, seen, adapter_index=adapter, chunk=chunk
     )
     return constrain(likelihood, (None, None))
 
@@ -91,9 +96,8 @@ def label_log_likelihoods(
     for rows, slots in in_rows(used, own, batch_size):
         batch = _write(rows, slots, tails, labels, offset)
         adapter = adapters_of([row[0] if row else 0 for row in rows], adapters)
-        targets = int((batch.weights > 0).sum(axis=1).max())
-        targets = min(targets + -targets % TARGETS, HEAD_CHUNK)
-        found = jax.device_get(score_rows(model, targets, variables, start, batch, adapter))
+        chunk = chunk_of(int((batch.weights > 0).sum(axis=1).max()))
+        found = jax.device_get(score_rows(model, chunk, variables, start, batch, adapter))
         row, slot = np.nonzero(batch.weights)
         stem, label = np.divmod(batch.segment_ids[row, slot], BRANCHES)
         prompt = [rows[i][number - 1] for i, number in zip(row, stem, strict=True)]

@@ -32,6 +32,8 @@ from ecomjax.typing import Adapter, Batch, KVCache, ParamAxes, Params
 
 STEPS = 1000
 """Of the learning rate's schedule, whose length changes a constant of the program."""
+LABEL_TOKENS = 4
+"""Of a label that is scored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,9 +200,8 @@ def _scoring(config: IclConfig, base: _Base, prompts: Prompts, labels: int) -> S
     batch = _whole(_batch((rows, prompts.slots)), base.mesh)
     variables = {"params": base.params}
     scoring: Any = score.score_rows
-    # Labels of a few tokens.
-    targets = score.TARGETS * labels
-    traced = _traced(scoring, base.mesh, base.module, targets, variables, start, batch, None)
+    chunk = score.chunk_of(LABEL_TOKENS * labels)
+    traced = _traced(scoring, base.mesh, base.module, chunk, variables, start, batch, None)
     tokens, c = rows * prompts.slots, base.config
     attended = (prompts.prefix + prompts.slots / 2) * c.heads * c.head_dim * c.layers
     # The head is needed for the few tokens of labels; they are left out.
