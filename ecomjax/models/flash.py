@@ -26,6 +26,10 @@ BLOCKS = (512, 256, LANES)
 """Queries and keys of a block: the largest of these that divides how many there are."""
 HEADS_AT_ONCE = 4
 """Query heads that read a block of the mask before the next is fetched, or a group of them."""
+HELD = 2**18
+"""Numbers of a block of queries, or of keys, at most: so all blocks of a step lie on any chip."""
+STEPS = 2**17
+"""Of a table that tells each which block it gets, at most."""
 
 MASKED = float(jnp.finfo(jnp.float32).min)
 
@@ -45,14 +49,19 @@ class Inputs(NamedTuple):
 def fits(queries: tuple[int, ...], keys: tuple[int, ...]) -> bool:
     """Whether there are kernels for queries [B, N, T, H] and keys [B or 1, K, S, H].
 
-    Lengths have to be whole multiples of a register, and on the mesh in use every device has to
-    hold the key heads of its query heads.
+    Lengths have to be whole multiples of a register, blocks to lie on the chip, and on the mesh
+    in use every device has to hold the key heads of its query heads.
     """
+    if queries[2] % LANES or keys[2] % LANES:
+        return False
     split = [
         sharding.spec_of((name,), (size,))
         for name, size in (("heads", queries[1]), ("kv_heads", keys[1]))
     ]
-    return queries[2] % LANES == 0 and keys[2] % LANES == 0 and split[0] == split[1]
+    sizes = _Sizes.of(queries, keys)
+    steps = queries[0] * (queries[2] // sizes.queries) * (keys[2] // sizes.keys)
+    held = sizes.heads * sizes.queries * _registers(queries[3])
+    return split[0] == split[1] and held <= HELD and steps <= STEPS * sharding.row_parts()
 
 
 def attend(
@@ -185,6 +194,37 @@ def _gradients(
     return d_q, d_keys, d_values
 
 
+class _Sizes(NamedTuple):
+    """Of a block: how many query heads, key heads, queries and keys."""
+
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+
+    @classmethod
+    def of(cls, queries: tuple[int, ...], keys: tuple[int, ...]) -> _Sizes:
+        """The largest for arrays of these shapes, [B, N, T, H] and [B or 1, K, S, H]."""
+        group = queries[1] // keys[1]
+        at_once = max(
+            n
+            for n in range(1, keys[1] + 1)
+            if keys[1] % n == 0 and (n == 1 or n * group <= HEADS_AT_ONCE)
+        )
+
+        def longest(heads: int, shape: tuple[int, ...]) -> int:
+            held = HELD // (heads * _registers(shape[3]))
+            return next(b for b in BLOCKS if b == LANES or (b <= held and not shape[2] % b))
+
+        heads = at_once * group
+        return cls(heads, at_once, longest(heads, queries), longest(at_once, keys))
+
+
+def _registers(width: int) -> int:
+    """What a vector of so many numbers takes of whole registers."""
+    return width + -width % LANES
+
+
 class _Cut:
     """How the arrays of a call are cut into blocks, and which blocks each step gets.
 
@@ -195,7 +235,7 @@ class _Cut:
         heads, queries: of a block.
         grid: numbers of blocks.
         fetched: for each step the inner block that it gets: its own if it is needed, else the
-            one before, which is there already.
+            last one before that is, which is there already, or else the first one that is.
         products: multiplications and additions of one matrix product of all heads.
         of_queries, of_numbers, of_keys, of_own_keys, of_mask: the blocks of an array.
     """
@@ -203,22 +243,16 @@ class _Cut:
     def __init__(self, given: Inputs, queries_first: bool):
         rows, heads, length, width = given.q.shape
         shared, kv_heads, slots, _ = given.keys.shape
-        group = heads // kv_heads
-        at_once = max(
-            n
-            for n in range(1, kv_heads + 1)
-            if kv_heads % n == 0 and (n == 1 or n * group <= HEADS_AT_ONCE)
-        )
-        queries, keys = (next(b for b in BLOCKS if not n % b) for n in (length, slots))
+        self.heads, at_once, queries, keys = _Sizes.of(given.q.shape, given.keys.shape)
         blocks = (length // queries, slots // keys)
         needed = given.mask.reshape(rows, blocks[0], queries, blocks[1], keys).any(axis=(2, 4))
         if not queries_first:
             needed, blocks = needed.swapaxes(1, 2), blocks[::-1]
         inner = jnp.arange(blocks[1], dtype=jnp.int32)
         latest = jax.lax.cummax(jnp.where(needed, inner[None, None], 0), axis=2)
-        self.fetched = latest.reshape(-1)
+        self.fetched = jnp.maximum(latest, jnp.argmax(needed, axis=2, keepdims=True)).reshape(-1)
         self.grid = (rows, kv_heads // at_once, *blocks)
-        self.heads, self.queries = at_once * group, queries
+        self.queries = queries
         self.products = 2 * rows * heads * length * slots * width
 
         def blocked(shape: tuple[int, ...], place: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
@@ -360,7 +394,8 @@ def _keys_kernel(
 
 
 def _is_needed(fetched: Any) -> Any:
-    """Whether this step got a block of its own; the first one always has."""
+    """Whether this step got a block of its own. Where none is needed the first one did, so that
+    sums over what no query sees are numbers all the same."""
     grid = [pl.num_programs(axis) for axis in range(4)]
     row, outer, inner = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     return fetched[_step(grid, row, outer, inner)] == inner
