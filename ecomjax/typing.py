@@ -37,9 +37,10 @@ itself: so the labels of a prompt follow it side by side. Those below BRANCHES a
 class Batch(flax.struct.PyTreeNode):
     """Packed rows of token sequences.
 
-    Segments 1, 2, ... of a row are independent sequences; a query slot sees the key
-    slots before it that are of its own segment or of the shared prefix. Positions count
-    from 0 in every sequence, shared prefix included, as if it stood alone.
+    Segments 1, 2, ... of a row are independent sequences, and each may have `BRANCHES`; a query
+    slot sees the key slots before it that are of its own segment, of the one that it branches
+    from, or of the shared prefix. Positions count from 0 in every sequence, shared prefix and
+    what it branches from included, as if it stood alone.
     """
 
     tokens: Int[Array, "*B T"]

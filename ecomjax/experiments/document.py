@@ -76,7 +76,7 @@ th, td { border: 1px solid var(--line); padding: 0.35rem 0.6rem; text-align: lef
 th { background: var(--soft); white-space: normal; }
 td.text { min-width: 16rem; white-space: pre-wrap; }
 :is(th, td:not(.text)):first-child { position: sticky; left: 0; background: var(--soft); }
-@media (max-width: 40rem) { td:first-child { max-width: 8rem; white-space: normal; } }
+@media (max-width: 40rem) { td:not(.text):first-child { max-width: 8rem; white-space: normal; } }
 pre { background: var(--soft); padding: 0.8rem; overflow-x: auto; font-size: 0.8rem; }
 figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; background: #ffffff; border-radius: 0.3rem; }

@@ -9,7 +9,7 @@ from ecomjax.adapters.rules import LoraRule
 from ecomjax.data.encoded import Encoded, EncodedSet, shared_prefix
 from ecomjax.data.packing import assemble, make_plan
 from ecomjax.models.likelihood import token_log_likelihood
-from ecomjax.training.losses import causal_lm
+from ecomjax.training.losses import adapted, causal_lm
 
 PACKINGS = ("shared_prefix", "plain", "pad")
 
@@ -138,6 +138,33 @@ def test_f35_an_example_costs_the_same_however_it_is_laid_out(tiny, run, sequenc
     assert len(alone) == len(sequences) and min(alone.values()) > 1
     for each in found:
         assert each == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["lm_head/kernel", "embed/embedding"])
+def test_adapters_outside_the_layers_learn_as_well(make_llama, sequences, kernel):
+    """Where they are, the head is none that has no gradient. Embeddings may be the head."""
+    tiny, rng = (
+        make_llama(layers=2, tied_embeddings=kernel.startswith("embed")),
+        np.random.default_rng(3),
+    )
+    rules = [LoraRule(rank=2), LoraRule(kernel, rank=2)]
+    _, adapter = lora.init(tiny.params, tiny.axes, rules, jax.random.key(0))
+    adapter = jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape, np.float32), adapter)
+    trained, fixed = lora.split(adapter)
+    frozen = jax.tree.map(jnp.asarray, {"params": tiny.params, "fixed": fixed})
+    batch = jax.tree.map(jnp.asarray, pack(sequences, "plain"))
+
+    def expected(trained):
+        likelihood = token_log_likelihood(tiny.model, adapted(trained, frozen), batch)
+        return -(likelihood * batch.weights).sum()
+
+    found = jax.grad(lambda trained: causal_lm(tiny.model)(trained, frozen, batch, None)[0])(
+        trained
+    )
+    exact = jax.grad(expected)(trained)
+    for ours, theirs in zip(*map(jax.tree.leaves, (found, exact)), strict=True):
+        assert np.linalg.norm(theirs) > 0
+        assert np.linalg.norm(ours - theirs) <= 5e-5 * np.linalg.norm(theirs)
 
 
 def test_weights_weigh(run, sequences):
