@@ -138,12 +138,17 @@ def _append(
 @partial(jax.jit, static_argnums=0)
 def _begin(
     model: nn.Module, variables: Any, rows: Rows, tables: Tables
-) -> tuple[_Walk, Int[Array, "B"]]:
-    """The first decision of each row, behind its prompt; and that on every process."""
+) -> tuple[_Walk, Int[Array, "B"], Float[Array, "B"]]:
+    """The first decision of each row, behind its prompt.
+
+    Returns:
+        the walk; then, on every process, the state decided for and the log-probability of that.
+    """
     hidden, cache = prefill(model, variables, rows, new_slots=0)
     start = jnp.zeros(rows.lengths.shape[0], jnp.int32)
     state, log_probability = _decide(model, variables, rows, tables, hidden, start)
-    return _Walk(state, start, log_probability, cache), constrain(state, (None,))
+    told = constrain(state, (None,)), constrain(log_probability, (None,))
+    return _Walk(state, start, log_probability, cache), *told
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -220,32 +225,31 @@ def _walk(
     answers have come so far, and then twice as many, so that few shapes are compiled. Rows go
     when half of them have ended.
     """
-    s, first = _begin(model, variables, rows, tables)
-    width, count = tables.chunks.shape[2], tables.chunks.shape[0]
-    walked = [np.asarray(first)[:, None]]
-    places, log_probability = np.arange(count), np.zeros(count, np.float32)
-    most = left = max(FIRST_SLOTS // width, 1)
-    s = _with_room(s, most * width)
-    while True:
-        fewest = _half(count)
-        limits = jnp.int32(left), jnp.int32(fewest)
-        s, *told = _go_on(model, most, variables, rows, tables, s, *limits)
-        number, states, live, log_probability[places] = jax.device_get(told)
-        # Rows that have gone stay where they were.
-        walked.append(np.repeat(walked[-1][:, -1:], number, axis=1))
-        walked[-1][places] = states[:, :number]
-        if not live.any():
-            return np.concatenate(walked, axis=1), log_probability
+    s, *told = _begin(model, variables, rows, tables)
+    state, log_probability = map(np.array, jax.device_get(told))
+    width, places = tables.chunks.shape[2], np.arange(len(state))
+    live = np.asarray(tables.lengths)[places, state] > 0
+    walked, most, left = [state[:, None]], 0, 0
+    while live.any():
+        count = len(places)
         while live.sum() <= (half := _half(count)):
             count = half
         if count < len(places):
             kept = np.argsort(~live, kind="stable")[:count]
             rows, tables, s = _rows_kept(rows, tables, s, jnp.asarray(kept, jnp.int32))
             places = places[kept]
-        left -= int(number)
         if left == 0:
-            most = left = sum(states.shape[1] for states in walked) - 1
+            done = sum(states.shape[1] for states in walked) - 1
+            most = left = done or max(FIRST_SLOTS // width, 1)
             s = _with_room(s, most * width)
+        limits = jnp.int32(left), jnp.int32(_half(count))
+        s, *told = _go_on(model, most, variables, rows, tables, s, *limits)
+        number, states, live, log_probability[places] = jax.device_get(told)
+        # Rows that have gone stay where they were.
+        walked.append(np.repeat(walked[-1][:, -1:], number, axis=1))
+        walked[-1][places] = states[:, :number]
+        left -= int(number)
+    return np.concatenate(walked, axis=1), log_probability
 
 
 def _half(rows: int) -> int:

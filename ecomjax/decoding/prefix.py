@@ -18,9 +18,8 @@ BUCKET = 32
 
 
 def bucketed(length: int) -> int:
-    """The smallest multiple of BUCKET that holds `length` slots; of a few, of a quarter of it."""
-    grain = BUCKET if length > BUCKET else BUCKET // 4
-    return -(-length // grain) * grain
+    """The smallest multiple of BUCKET that holds `length` slots."""
+    return -(-length // BUCKET) * BUCKET
 
 
 def size_class(length: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -123,8 +124,10 @@ def in_rows(
     left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     most, parts = rows_of(len(lengths), batch_size), row_parts()
     while left:
-        together = min(ROW, sum(lengths[i] for i in left))
-        slots = prefixes.bucketed(max(lengths[left[0]], together))
+        together = Counter[int]()
+        for i in left:
+            together[adapters[i]] += lengths[i]
+        slots = prefixes.bucketed(max(lengths[left[0]], min(ROW, max(together.values()))))
         rows: list[list[int]] = []
         room: list[int] = []
         later: list[int] = []

@@ -134,7 +134,7 @@ def _most_frequent(values: Iterable[str]) -> str:
 def _lines(text: str) -> list[tuple[str, str]]:
     """Each line in lower case: what stands before its first colon, and what behind."""
     split = (line.partition(":") for line in text.lower().split("\n"))
-    return [(name, content) if colon else ("", name) for name, colon, content in split]
+    return [(name.strip(), content) if colon else ("", name) for name, colon, content in split]
 
 
 def _field_words(fields: Collection[str], text: str) -> list[str]:

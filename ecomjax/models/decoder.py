@@ -24,7 +24,7 @@ class OfLayer(NamedTuple):
     layer: Int[Array, ""]
     prefix: KeyValues | None = None
     rotation: Int[Array, ""] | None = None
-    """Which of those that layers differ in."""
+    """Which of several."""
     window: Int[Array, ""] | None = None
     """How many positions a slot sees, its own included."""
 
@@ -32,7 +32,6 @@ class OfLayer(NamedTuple):
 class OfAll(NamedTuple):
     """What all layers share."""
 
-    positions: Int[Array, "B T"]
     live: Bool[Array, "B T"]
     """False in padding slots."""
     mask: Bool[Array, "B T S"]
@@ -55,9 +54,10 @@ def view_of(own: OfLayer, shared: OfAll) -> View:
     prefix: Any = None
     if own.prefix is not None:
         prefix = (own.prefix, inside_window(shared.prefix_mask, shared.prefix_distance))
+    kind = 0 if own.rotation is None else own.rotation
     return View(
         inside_window(shared.mask, shared.distance),
-        rotation=jax.tree.map(lambda kinds: kinds[own.rotation], shared.rotations),
+        rotation=jax.tree.map(lambda kinds: kinds[kind], shared.rotations),
         bias=shared.bias,
         prefix=prefix,
         layer=own.layer,
@@ -148,7 +148,6 @@ class Decoder(nn.Module):
             stacked = StackedCache(cache.keys, cache.values)
         own = self.of_layers()
         shared = OfAll(
-            positions,
             segment_ids != PADDING_SEGMENT,
             make_mask(segment_ids, key_segments, first_slot),
             None,
@@ -157,7 +156,8 @@ class Decoder(nn.Module):
         )
         if (inverse := self.frequencies()) is not None:
             kinds, kind = np.unique(inverse, axis=0, return_inverse=True)
-            own = own._replace(rotation=jnp.asarray(kind.reshape(-1), jnp.int32))
+            if len(kinds) > 1:
+                own = own._replace(rotation=jnp.asarray(kind.reshape(-1), jnp.int32))
             shared = shared._replace(rotations=rotations(positions, kinds))
         if own.window is not None:
             shared = shared._replace(distance=_distance(positions, key_positions))

@@ -59,9 +59,11 @@ def fits(queries: tuple[int, ...], keys: tuple[int, ...]) -> bool:
         for name, size in (("heads", queries[1]), ("kv_heads", keys[1]))
     ]
     sizes = _Sizes.of(queries, keys)
-    steps = queries[0] * (queries[2] // sizes.queries) * (keys[2] // sizes.keys)
+    parts, rows = sharding.row_parts(), queries[0]
+    rows = rows if rows % parts else rows // parts
+    steps = rows * (queries[2] // sizes.queries) * (keys[2] // sizes.keys)
     held = sizes.heads * sizes.queries * _registers(queries[3])
-    return split[0] == split[1] and held <= HELD and steps <= STEPS * sharding.row_parts()
+    return split[0] == split[1] and held <= HELD and steps <= STEPS
 
 
 def attend(

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from ecomjax import sharding
-from ecomjax.models.layers import ACTIVATIONS, FeedForward, Linear, declare, kept, multiply
+from ecomjax.models.layers import ACTIVATIONS, FeedForward, Linear, declare, multiply
 from ecomjax.typing import DoRA, ParamAxes
 
 Dispatch = Literal["dense", "ragged"]
@@ -280,4 +280,5 @@ class RaggedLinear(nn.Module):
             leaf = self.get_variable("lora", "kernel")
             key = self.make_rng("dropout") if self.has_rng("dropout") else None
             y = leaf.apply_ragged(x, kernel, y, sizes, index, key)
-        return kept(y)
+        # Not `kept`: on a mesh the rows of all devices come to those that hold an expert.
+        return y

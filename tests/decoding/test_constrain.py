@@ -168,6 +168,37 @@ def test_answers_that_outgrow_their_slots_are_the_same(answering, automata, prom
     assert len(set(asked)) > 2
 
 
+ENDS_AT_ONCE = one_of(["exact"])
+GOES_ON = [tagging("white", "duvet", "a"), one_of(["no", "nothing", "none"]), tagging("w")]
+
+
+@pytest.mark.parametrize(("rows", "fewest"), [(8, 4), (16, 1)])
+@pytest.mark.parametrize("going_on", [0, 4, 7])
+def test_rows_that_end_early_are_left_behind(tiny, variables, monkeypatch, rows, fewest, going_on):
+    """Some of them with their first decision; each answer is that to its prompt alone."""
+    forms = [*(GOES_ON[i % 3] for i in range(going_on)), *[ENDS_AT_ONCE] * (rows - going_on)]
+    automata = [from_form(form, encode, END, "here") for form in forms]
+    prompts = [[3 + i, 7, 5 + i % 4] for i in range(rows)]
+    asked = tiny.model, variables, prompts, automata
+    alone = generate_constrained(*asked, batch_size=1, window=88)
+    counts, rows_kept = [rows], constrain._rows_kept
+
+    def watched(*given):
+        counts.append(len(given[-1]))
+        return rows_kept(*given)
+
+    monkeypatch.setattr(constrain, "FEWEST_ROWS", fewest)
+    monkeypatch.setattr(constrain, "_rows_kept", watched)
+    together = generate_constrained(*asked, batch_size=rows, window=88)
+    for one, other in zip(together, alone, strict=True):
+        assert (one.tokens, one.decisions) == (other.tokens, other.decisions)
+        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-4)
+    assert counts == sorted(set(counts), reverse=True)
+    live = sum(one.forwards > 1 for one in alone)
+    if 0 < live <= rows // 2:
+        assert len(counts) > 1 and max(live, fewest) <= counts[1] <= rows // 2
+
+
 @pytest.mark.parametrize("answering", ["llama"], indirect=True)
 def test_the_common_prefix_changes_nothing(answering, automata, prompts):
     """Beside a prompt that shares no token with the rest."""

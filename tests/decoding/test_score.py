@@ -89,9 +89,9 @@ def test_rows_hold_every_prompt_once_and_none_too_many(prompts, batch_size):
 
 
 def test_rows_are_of_few_shapes_and_no_longer_than_prompts_need():
-    assert list(in_rows([20], [0], 8)) == [([[0]], 24)]
+    assert list(in_rows([20], [0], 8)) == [([[0]], 32)]
     assert list(in_rows([20, 9], [0, 0], 8)) == [([[0, 1]], 32)]
-    assert list(in_rows([20, 9], [0, 1], 8)) == [([[0], [1]], 32)]
+    assert list(in_rows([20, 19], [0, 1], 8)) == [([[0], [1]], 32)]
     shapes = {(len(rows), slots) for rows, slots in in_rows([100] * 71, [0] * 71, 8)}
     assert shapes == {(8, ROW), (4, ROW)}
 

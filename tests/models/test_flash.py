@@ -209,6 +209,7 @@ def hidden_and_gradient(make_llama):
 
 def test_a_model_on_a_mesh_by_kernel(hidden_and_gradient, as_on_tpu, request):
     with sharding.use(sharding.make_mesh(data=2, tensor=2, devices=jax.devices()[:4])):
+        assert str(jax.make_jaxpr(hidden_and_gradient)()).count("pallas_call") == 3
         found = hidden_and_gradient()
     request.getfixturevalue("monkeypatch").undo()
     jax.clear_caches()
@@ -227,6 +228,7 @@ def test_many_runs_trained_together_are_computed_each_by_itself(as_on_tpu):
         return jnp.square(attend(q, [(KeyValues(keys, values), mask)])).sum()
 
     run = jax.value_and_grad(total, argnums=(0, 1, 2))
+    assert str(jax.make_jaxpr(jax.vmap(run))(*runs)).count("pallas_call") == 3
     found = jax.vmap(run)(*runs)
     for index in range(3):
         expected = run(*(x[index] for x in runs))

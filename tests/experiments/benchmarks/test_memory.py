@@ -28,6 +28,7 @@ def test_what_a_process_held_at_most_in_its_steps(make_config, loose_promotion, 
             return forget.write_text(text)
 
     monkeypatch.setattr(memory, "FORGET", Watched())
+    memory.load_base.cache_clear()
     before = sum(x.size for x in jax.live_arrays())
     found = list(memory.memory(model))
     assert held[0] <= before < held[1], "the peer is measured without our weights"
