@@ -1,11 +1,13 @@
 """Constrained answers against a loop that runs the whole model at every token."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ecomjax import trees
+from ecomjax import sharding, trees
 from ecomjax.adapters import lora
 from ecomjax.adapters.routing import hold_together
 from ecomjax.adapters.rules import LoraRule
@@ -169,18 +171,24 @@ def test_answers_that_outgrow_their_slots_are_the_same(answering, automata, prom
 
 
 ENDS_AT_ONCE = one_of(["exact"])
-GOES_ON = [tagging("white", "duvet", "a"), one_of(["no", "nothing", "none"]), tagging("w")]
+GO_ON = [tagging("white", "duvet", "a"), tagging("size", "of"), tagging("a", "b", "c")]
 
 
-@pytest.mark.parametrize(("rows", "fewest"), [(8, 4), (16, 1)])
+@pytest.mark.parametrize(
+    ("rows", "fewest", "mesh"),
+    [(8, 4, {}), (16, 1, {}), (16, 4, {"data": 2, "tensor": 4}), (16, 1, {"data": 4, "tensor": 2})],
+)
 @pytest.mark.parametrize("going_on", [0, 4, 7])
-def test_rows_that_end_early_are_left_behind(tiny, variables, monkeypatch, rows, fewest, going_on):
+def test_rows_that_end_early_are_left_behind(
+    tiny, variables, monkeypatch, rows, fewest, mesh, going_on
+):
     """Some of them with their first decision; each answer is that to its prompt alone."""
-    forms = [*(GOES_ON[i % 3] for i in range(going_on)), *[ENDS_AT_ONCE] * (rows - going_on)]
+    forms = [*(GO_ON[i % 3] for i in range(going_on)), *[ENDS_AT_ONCE] * (rows - going_on)]
     automata = [from_form(form, encode, END, "here") for form in forms]
     prompts = [[3 + i, 7, 5 + i % 4] for i in range(rows)]
     asked = tiny.model, variables, prompts, automata
     alone = generate_constrained(*asked, batch_size=1, window=88)
+    assert sum(one.forwards > 1 for one in alone) == going_on
     counts, rows_kept = [rows], constrain._rows_kept
 
     def watched(*given):
@@ -189,14 +197,16 @@ def test_rows_that_end_early_are_left_behind(tiny, variables, monkeypatch, rows,
 
     monkeypatch.setattr(constrain, "FEWEST_ROWS", fewest)
     monkeypatch.setattr(constrain, "_rows_kept", watched)
-    together = generate_constrained(*asked, batch_size=rows, window=88)
+    with sharding.use(sharding.make_mesh(**mesh)) if mesh else contextlib.nullcontext():
+        together = generate_constrained(*asked, batch_size=rows, window=88)
     for one, other in zip(together, alone, strict=True):
         assert (one.tokens, one.decisions) == (other.tokens, other.decisions)
         assert one.log_probability == pytest.approx(other.log_probability, abs=1e-4)
     assert counts == sorted(set(counts), reverse=True)
-    live = sum(one.forwards > 1 for one in alone)
-    if 0 < live <= rows // 2:
-        assert len(counts) > 1 and max(live, fewest) <= counts[1] <= rows // 2
+    if 0 < going_on <= rows // 2:
+        assert len(counts) > 1 and max(going_on, fewest) <= counts[1] <= rows // 2
+    parts = mesh.get("data", 1)
+    assert all(count % parts == 0 for count in counts)
 
 
 @pytest.mark.parametrize("answering", ["llama"], indirect=True)
