@@ -426,10 +426,17 @@ def _slope(scores: Array, seen: Array, cap: float) -> Array | float:
 
 
 def _product(x: Array, y: Array) -> Array:
-    return jnp.dot(x, y, preferred_element_type=jnp.float32)
+    return jnp.dot(x, y, precision=_precision(x), preferred_element_type=jnp.float32)
 
 
 def _product_across(x: Array, y: Array) -> Array:
     """x y^T."""
     last = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, y, last, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        x, y, last, precision=_precision(x), preferred_element_type=jnp.float32
+    )
+
+
+def _precision(x: Array) -> jax.lax.Precision | None:
+    """Products of bfloat16 are exact in float32: the compiler refuses to be asked for more."""
+    return jax.lax.Precision.DEFAULT if x.dtype == jnp.bfloat16 else None
