@@ -8,6 +8,7 @@ import pytest
 from ecomjax import sharding
 from ecomjax.models import flash
 from ecomjax.models.attention import KeyValues, attend, make_mask
+from ecomjax.models.flash_kernels import MASKED
 from tests.models.test_attention import normal
 
 RNG = np.random.default_rng(0)
@@ -45,7 +46,7 @@ def formula(given, cap=0.0):
     )
     scores = jnp.einsum("BNTH,BNSH->BNTS", q, keys)
     scores = cap * jnp.tanh(scores / cap) if cap else scores
-    scores = jnp.where(given.mask[:, None], scores, flash.MASKED)
+    scores = jnp.where(given.mask[:, None], scores, MASKED)
     out = jnp.einsum("BNTS,BNSH->BNTH", jax.nn.softmax(scores, axis=-1), values)
     return out, jax.nn.logsumexp(scores, axis=-1)
 
